@@ -1,0 +1,45 @@
+# Works with GNU make 3.81 (macOS) and newer. `make help` lists the targets.
+PYTHON ?= python3
+# Further arguments for pip. For a CPU build of torch, which is much smaller than the CUDA one on Linux:
+# make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*##  *' '/^[a-z]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## create .venv with everything that the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "'$(PYTHON)' is not Python 3.10 or newer. Name one that is: make venv PYTHON=python3.11" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,quickstart,eval,export]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)  ## compress and distil a real model on a CPU, and see what came of it
+	$(BIN)/python -m kd_recipes.quickstart
+
+test: $(STAMP)  ## run the tests (offline, on a CPU)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, formatting, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## measure time and memory of what claims to save them
+	$(BIN)/python -m pytest tests/benchmarks -m slow -s
+
+clean:  ## remove build products and caches; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
