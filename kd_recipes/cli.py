@@ -1,0 +1,149 @@
+"""The ``kd-recipes`` command: what is there to run, a config to start from, and whether a config is right.
+
+Running is torchtune's part: ``tune run kd_recipes.distill --config FILE``. Nothing here imports torch, except that
+``validate`` has to look at the components that a config names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from kd_recipes import __version__
+from kd_recipes.config import load_and_validate, shipped_configs
+from kd_recipes.entry import RECIPES
+from kd_recipes.errors import ConfigError
+
+EXIT_FAILED = 1
+# torchtune 0.6.1, its last release, imports names that torchao 0.16 moved.
+FIRST_BAD_TORCHAO = (0, 16)
+
+_EXAMPLES = """\
+examples:
+  kd-recipes ls                                    the configs and recipes that there are
+  kd-recipes cp qwen_1b my_config.yaml             a config to start from
+  kd-recipes validate my_config.yaml temperature=2 everything that is wrong with it, before anything is loaded
+  tune run kd_recipes.distill --config my_config.yaml
+  python -m kd_recipes.quickstart                  the whole way on a CPU, with a real model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: the words after ``kd-recipes``; the process's own by default.
+
+    Returns:
+        The exit status: 0, or 1 where the command could not be carried out or the config is wrong.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        if options.command == "ls":
+            return _list()
+        if options.command == "cp":
+            return _copy(options.name, options.destination, force=options.force)
+        return _validate(options.file, options.overrides, options.recipe)
+    except ImportError as error:
+        installed = version("torchao")
+        if tuple(int(part) for part in installed.split(".")[:2]) < FIRST_BAD_TORCHAO:
+            raise
+        return _fail(
+            f"torchtune {version('torchtune')} cannot be imported with torchao {installed} ({error}).\n"
+            "Install the one that it works with: pip install 'torchao>=0.15,<0.16'"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kd-recipes",
+        description="Recipes for torchtune that distil and compress language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kd-recipes {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("ls", help="list the configs and recipes")
+
+    copy = commands.add_parser("cp", help="copy a config, to change it")
+    copy.add_argument("name", metavar="NAME", help="as `kd-recipes ls` lists it")
+    copy.add_argument("destination", metavar="DEST", type=Path, help="a file, or a directory to copy into")
+    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+
+    validate = commands.add_parser("validate", help="check a config, and list all that is wrong with it")
+    validate.add_argument("file", metavar="FILE", help="a YAML file, or the name of a shipped config")
+    validate.add_argument("overrides", metavar="key=value", nargs="*", help="as after `tune run … --config FILE`")
+    validate.add_argument("--recipe", choices=RECIPES, help="default: the config's own `recipe`, else distill")
+    return parser
+
+
+def _list() -> int:
+    configs = {name: _first_comment(path) for name, path in shipped_configs().items()}
+    modules = {name: Path(__file__).with_name(f"{name}.py") for name in RECIPES}
+    recipes = {name: _first_docstring_line(path) for name, path in modules.items() if path.is_file()}
+    width = max(map(len, [*configs, *recipes]), default=0)
+    print("Configs (kd-recipes cp NAME DEST):")
+    for name, description in configs.items():
+        print(f"  {name:{width}}  {description}")
+    print("\nRecipes (tune run kd_recipes.NAME --config FILE):")
+    for name, description in recipes.items():
+        print(f"  {name:{width}}  {description}")
+    return 0
+
+
+def _copy(name: str, destination: Path, *, force: bool) -> int:
+    configs = shipped_configs()
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    if stem not in configs:
+        near = difflib.get_close_matches(stem, configs)
+        remedy = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(configs)}"
+        return _fail(f"There is no config named {name!r}. {remedy}")
+    if destination.is_dir():
+        destination = destination / f"{stem}.yaml"
+    elif not destination.suffix:  # `tune cp` completes a bare name in the same way
+        destination = destination.with_suffix(".yaml")
+    if destination.exists() and not force:
+        return _fail(f"{destination} is there already. Choose another name, or overwrite it with --force")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(configs[stem], destination)
+    except OSError as error:
+        return _fail(f"{destination} cannot be written: {error}")
+    print(f"Copied {stem} to {destination}")
+    return 0
+
+
+def _validate(file: str, overrides: Sequence[str], recipe: str | None) -> int:
+    try:
+        load_and_validate(file, list(overrides), recipe)
+    except ConfigError as error:
+        count = len(error.problems)
+        return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")
+    print(f"{file} is valid")
+    return 0
+
+
+def _first_comment(path: Path) -> str:
+    comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return next(comments, "").lstrip("# ")
+
+
+def _first_docstring_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,211 @@
+"""From a YAML file and overrides to a checked config: every mistake is reported at once, before anything is loaded.
+
+A recipe declares its keys (:class:`Key`). What stands under ``_component_`` is checked against the signature
+of the object it names, so a misspelt argument of an optimizer is found as early as a misspelt key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kd_recipes.errors import ConfigError, Problem
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text"),
+    "path": ((str,), "a path"),
+    "int": ((int,), "a whole number"),
+    "float": ((float, int), "a number"),
+    "bool": ((bool,), "True or False"),
+    "choice": ((str,), "one of the names"),
+    "list": ((ListConfig, list), "a list"),
+    "component": ((DictConfig,), "a section with _component_"),
+    "components": ((DictConfig, ListConfig), "a section with _component_, or a list of them"),
+    "any": ((object,), "anything"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One top-level key of a recipe's config.
+
+    Args:
+        name: the key.
+        kind: one of ``str path int float bool choice list component components any``.
+        required: whether it has to be there.
+        default: its value where it is absent.
+        wanted: what a valid value is, for messages and ``--help``.
+        check: returns whether a value of the right type is valid.
+        args: component only: how many positional arguments the recipe itself passes.
+        kwargs: component only: names of the keyword arguments that the recipe itself passes.
+    """
+
+    name: str
+    kind: str
+    required: bool = False
+    default: Any = None
+    wanted: str = ""
+    check: Callable[[Any], bool] | None = None
+    args: int = 0
+    kwargs: tuple[str, ...] = ()
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name: inside a wheel, or beside an editable install."""
+    here = Path(__file__).parent
+    folder = here / "_configs" if (here / "_configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that ``--config`` means: a path, else a shipped config (``configs/qwen_1b.yaml`` or ``qwen_1b``).
+
+    Raises:
+        ConfigError: neither is there; names the closest shipped ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    stem = Path(name).stem
+    if stem in shipped and Path(name).parent.as_posix() in (".", "configs"):
+        return shipped[stem]
+    near = difflib.get_close_matches(stem, shipped) or list(shipped)
+    raise ConfigError(Problem("--config", name, "a YAML file", f"Shipped configs: {', '.join(near)}"))
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a config and merge ``key=value`` overrides into it, with torchtune's own rules.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or an override cannot be read.
+    """
+    from kd_recipes import _torchtune
+
+    path = find_config(name)
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(Problem("--config", str(path), "a readable YAML file", str(error))) from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(Problem("--config", str(path), "a YAML mapping of keys to values"))
+    try:
+        return _torchtune.merge_overrides(content, overrides)
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(Problem("overrides", list(overrides), "key=value or ~key", str(error))) from error
+
+
+def load_and_validate(name: str, overrides: Sequence[str] = (), recipe: str | None = None) -> DictConfig:
+    """:func:`load`, then :func:`validate` with the keys of the recipe named, or of the config's own ``recipe``.
+
+    Raises:
+        ConfigError: with everything that was found wrong.
+    """
+    from kd_recipes import entry
+
+    cfg = load(name, overrides)
+    return validate(cfg, entry.recipe_module(entry.choose_recipe(recipe, cfg)).KEYS)
+
+
+def validate(cfg: DictConfig, keys: Sequence[Key]) -> DictConfig:
+    """Check a config against a recipe's keys and fill in the defaults.
+
+    Returns:
+        A new config with every key of ``keys``.
+
+    Raises:
+        ConfigError: unknown, missing or ill-typed keys, all of them together.
+    """
+    known = {key.name: key for key in keys}
+    problems = [*_interpolation_problems(cfg)]
+    if not problems:
+        problems += [_unknown(str(name), known, "key") for name in cfg if name not in known]
+        for key in keys:
+            problems += _key_problems(cfg, key)
+    if problems:
+        raise ConfigError(*problems)
+    defaults = {key.name: key.default for key in keys}
+    return OmegaConf.merge(OmegaConf.create(defaults), cfg)  # type: ignore[return-value]
+
+
+def _interpolation_problems(cfg: DictConfig) -> Iterator[Problem]:
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        yield Problem(str(error.full_key or "config"), "an interpolation", "one that resolves", str(error.msg))
+
+
+def _unknown(name: str, known: Mapping[str, Any], what: str, prefix: str = "") -> Problem:
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(sorted(known))}"
+    return Problem(f"{prefix}{name}", name, f"a known {what}", remedy)
+
+
+def _key_problems(cfg: DictConfig, key: Key) -> Iterator[Problem]:
+    value = cfg.get(key.name)
+    if value is None:
+        if key.required:
+            yield Problem(key.name, None, key.wanted or _KINDS[key.kind][1], "It has to be in the config")
+        return
+    types, wanted = _KINDS[key.kind]
+    is_bool_as_number = isinstance(value, bool) and key.kind in ("int", "float")
+    if not isinstance(value, types) or is_bool_as_number or (key.check is not None and not key.check(value)):
+        yield Problem(key.name, _plain(value), key.wanted or wanted)
+    elif key.kind in ("component", "components"):
+        sections = list(value) if isinstance(value, ListConfig) else [value]
+        for index, section in enumerate(sections):
+            path = f"{key.name}[{index}]" if isinstance(value, ListConfig) else key.name
+            yield from _component_problems(path, section, key)
+
+
+def _component_problems(path: str, section: Any, key: Key) -> Iterator[Problem]:
+    from kd_recipes import _torchtune
+
+    if not isinstance(section, DictConfig) or "_component_" not in section:
+        yield Problem(path, _plain(section), "a section with _component_")
+        return
+    if section.get("enabled") is False:  # a switched-off profiler is not built
+        return
+    name = section._component_
+    try:
+        component = _torchtune.locate(str(name))
+        signature = inspect.signature(component)
+    except (ValueError, TypeError) as error:
+        yield Problem(f"{path}._component_", name, "an importable function or class", str(error).replace("\n", " "))
+        return
+    given = {str(k): v for k, v in section.items() if k != "_component_"}
+    parameters = signature.parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = [k for k in given if k not in parameters]
+        yield from (_unknown(k, parameters, f"argument of {name}", f"{path}.") for k in unknown)
+        given = {k: v for k, v in given.items() if k in parameters}
+    yield from _type_problems(path, given, parameters)
+    try:
+        signature.bind(*[None] * key.args, **{**given, **dict.fromkeys(key.kwargs)})
+    except TypeError as error:
+        yield Problem(path, name, f"its arguments: {error}")
+
+
+def _type_problems(
+    path: str, given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> Iterator[Problem]:
+    """A text or a truth value where the signature asks for a number: the one mistake that annotations show safely."""
+    for name, value in given.items():
+        annotation = str(parameters[name].annotation) if name in parameters else ""
+        takes_number = any(word in annotation for word in ("int", "float"))
+        takes_text = any(word in annotation for word in ("str", "Any", "Callable", "Path", "TypeVar"))
+        if isinstance(value, str) and takes_number and not takes_text:
+            yield Problem(f"{path}.{name}", value, "a number")
+        if isinstance(value, bool) and takes_number and "bool" not in annotation and "Any" not in annotation:
+            yield Problem(f"{path}.{name}", value, "a number")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
