@@ -1,0 +1,216 @@
+"""Builders for models that torchtune can run but has no public builder for, and the `model:` section of a checkpoint.
+
+torchtune's builders of plain Llamas cannot tie embeddings, and the one that can (Llama 3.2) scales RoPE; but a scale
+factor of one makes that scaling the identity. So a plain Llama of any size (SmolLM2, TinyLlama) is the Llama 3.2
+builder with that factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.modules import TransformerDecoder
+
+from kd_recipes.errors import ConfigError, Problem
+
+# What torchtune's llama3_2 builder has no argument for.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def llama(
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    max_seq_len: int,
+    attn_dropout: float = 0.0,
+    rope_base: int = 10_000,
+    intermediate_dim: int | None = None,
+    norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = True,
+) -> TransformerDecoder:
+    """A Llama with plain rotary embeddings.
+
+    Args:
+        vocab_size: rows of the embedding.
+        num_layers: blocks.
+        num_heads: query heads; a head is ``embed_dim / num_heads`` wide.
+        num_kv_heads: key-value heads, a divisor of ``num_heads``.
+        embed_dim: width of the residual stream.
+        max_seq_len: longest sequence, in tokens.
+        attn_dropout: dropout of the attention weights.
+        rope_base: base of the rotary frequencies.
+        intermediate_dim: width of the feed-forward layer; None for Llama's own 8/3 of ``embed_dim``, rounded up.
+        norm_eps: epsilon of the RMS norms.
+        tie_word_embeddings: whether the output head is the embedding.
+    """
+    return llama3_2(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        max_seq_len=max_seq_len,
+        attn_dropout=attn_dropout,
+        rope_base=rope_base,
+        intermediate_dim=intermediate_dim,
+        norm_eps=norm_eps,
+        scale_factor=1,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+
+
+def lora_llama(
+    lora_attn_modules: Sequence[str],
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    max_seq_len: int,
+    intermediate_dim: int | None = None,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-5,
+    rope_base: int = 10_000,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    tie_word_embeddings: bool = True,
+) -> TransformerDecoder:
+    """:func:`llama` with low-rank adapters, https://arxiv.org/abs/2106.09685.
+
+    Args:
+        lora_attn_modules: which of ``q_proj k_proj v_proj output_proj`` get adapters.
+        apply_lora_to_mlp: whether the feed-forward layers do.
+        apply_lora_to_output: whether the output head does; torchtune's builder cannot.
+        lora_rank: rank of an adapter.
+        lora_alpha: an adapter's output is multiplied by ``lora_alpha / lora_rank``.
+        lora_dropout: dropout of an adapter's input.
+        use_dora: decompose weights in magnitude and direction, https://arxiv.org/abs/2402.09353.
+        quantize_base: keep the frozen weights in NF4.
+
+    Raises:
+        ConfigError: ``apply_lora_to_output`` is set.
+    """
+    if apply_lora_to_output:
+        remedy = "Use apply_lora_to_mlp and lora_attn_modules."
+        raise ConfigError(Problem("model.apply_lora_to_output", True, "False for a Llama", remedy))
+    return lora_llama3_2(
+        lora_attn_modules=list(lora_attn_modules),
+        apply_lora_to_mlp=apply_lora_to_mlp,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        max_seq_len=max_seq_len,
+        intermediate_dim=intermediate_dim,
+        attn_dropout=attn_dropout,
+        norm_eps=norm_eps,
+        rope_base=rope_base,
+        scale_factor=1,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        quantize_base=quantize_base,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+
+
+def model_section(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model:`` section of a torchtune config that builds the model of a Hugging Face checkpoint.
+
+    Args:
+        hf_config: the checkpoint's config.json, as transformers 4 or 5 writes it.
+
+    Returns:
+        ``_component_`` and its arguments.
+
+    Raises:
+        ConfigError: another ``model_type`` than llama and qwen2, or a variant that torchtune's builders cannot build.
+    """
+    rope = _rope(hf_config)
+    problems = _unsupported(hf_config, rope)
+    if problems:
+        raise ConfigError(*problems)
+    arguments = {
+        "vocab_size": hf_config["vocab_size"],
+        "num_layers": hf_config["num_hidden_layers"],
+        "num_heads": hf_config["num_attention_heads"],
+        "num_kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"],
+        "embed_dim": hf_config["hidden_size"],
+        "intermediate_dim": hf_config["intermediate_size"],
+        "max_seq_len": hf_config["max_position_embeddings"],
+        "rope_base": _whole(rope["rope_theta"]),
+        "norm_eps": hf_config.get("rms_norm_eps", 1e-6),  # transformers' default for both; the builders' is 1e-5
+        "tie_word_embeddings": bool(hf_config.get("tie_word_embeddings", False)),
+    }
+    if hf_config["model_type"] == "qwen2":
+        return {"_component_": "torchtune.models.qwen2.qwen2", **arguments}
+    if rope["rope_type"] == "llama3":
+        scale_factor = _whole(rope["factor"])
+        return {"_component_": "torchtune.models.llama3_2.llama3_2", **arguments, "scale_factor": scale_factor}
+    return {"_component_": "kd_recipes.models.llama", **arguments}
+
+
+def checkpointer_model_type(hf_config: Mapping[str, Any]) -> str:
+    """The ``model_type`` that torchtune's FullModelHFCheckpointer converts this checkpoint with.
+
+    Every Llama is ``LLAMA3_2``: torchtune converts ``LLAMA3`` and ``LLAMA3_2`` by the same code, which takes a tied
+    checkpoint without ``lm_head.weight`` as it is. (One that repeats the embedding as ``lm_head.weight`` is refused
+    when the weights are loaded; ``QWEN2`` drops it, as told by ``tie_word_embeddings`` in config.json.)
+
+    Raises:
+        ConfigError: another ``model_type`` than llama and qwen2.
+    """
+    types = {"llama": "LLAMA3_2", "qwen2": "QWEN2"}
+    model_type = hf_config.get("model_type")
+    if model_type not in types:
+        raise ConfigError(Problem("config.json: model_type", model_type, f"one of {', '.join(types)}"))
+    return types[model_type]
+
+
+def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE's settings: transformers 4 keeps them in ``rope_theta`` and ``rope_scaling``, 5 in ``rope_parameters``."""
+    settings = {"rope_type": "default", "rope_theta": hf_config.get("rope_theta", 10_000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        settings |= hf_config.get(name) or {}
+    if "type" in settings:  # the key before transformers 4.43
+        settings["rope_type"] = settings.pop("type")
+    return settings
+
+
+def _unsupported(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[Problem]:
+    model_type = hf_config.get("model_type")
+    if model_type not in ("llama", "qwen2"):
+        return [Problem("config.json: model_type", model_type, "llama or qwen2", "Write the model section by hand.")]
+    head_dim = hf_config["hidden_size"] // hf_config["num_attention_heads"]
+    wanted: dict[str, Any] = {"head_dim": head_dim, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    wanted |= {"use_sliding_window": False}
+    found = {name: hf_config.get(name) for name in wanted}
+    rope_types = ("default", "llama3") if model_type == "llama" else ("default",)
+    if rope["rope_type"] == "llama3" and model_type == "llama":
+        wanted |= _LLAMA3_ROPE
+        found |= {name: rope.get(name) for name in _LLAMA3_ROPE}
+    problems = [
+        Problem(f"config.json: {name}", found[name], repr(value), "torchtune's builder has no argument for it.")
+        for name, value in wanted.items()
+        if found[name] is not None and found[name] != value
+    ]
+    if rope["rope_type"] not in rope_types:
+        problems.append(Problem("config.json: rope_type", rope["rope_type"], " or ".join(rope_types)))
+    return problems
+
+
+def _whole(value: float) -> int | float:
+    """An int where it is one: torchtune annotates these arguments so."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,249 @@
+"""Files that are whole or absent: atomic directories, and safetensors written one tensor at a time.
+
+A run that is killed while it saves must leave the previous result untouched, and a checkpoint larger than memory
+must still be writable. Neither `safetensors.torch.save_file` (all tensors at once) nor plain `open` gives that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_recipes.errors import ConfigError, Problem
+
+# The limit of the reference implementation: a larger length is a damaged file, not a large model.
+MAX_HEADER_BYTES = 100_000_000
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a safetensors header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that becomes ``path`` when the block succeeds.
+
+    One writer per path and process. An existing ``path`` is replaced; after any exception it is as it was.
+    What dead processes left beside it (``.<name>.tmp-<pid>``) is removed first.
+
+    Args:
+        path: the directory to make; its parents are created.
+    """
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_stale(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _replace_directory(path, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace_directory(path: Path, new: Path) -> None:
+    """Rename ``new`` to ``path``; a directory there is moved aside first and deleted last."""
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    has_old = path.exists()
+    if has_old:
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if has_old:
+            old.rename(path)
+        raise
+    _sync(path.parent)
+    if has_old:
+        shutil.rmtree(old)
+
+
+def _clean_stale(path: Path) -> None:
+    """Remove temporary directories of dead writers; put back a directory that one of them had moved aside."""
+    for stale in path.parent.glob(f".{path.name}.*-*"):
+        kind, _, pid = stale.name.removeprefix(f".{path.name}.").partition("-")
+        if kind not in ("tmp", "old") or not pid.isdecimal() or _is_another_live_process(int(pid)):
+            continue
+        if kind == "old" and not path.exists():
+            stale.rename(path)
+        else:
+            shutil.rmtree(stale)
+
+
+def _is_another_live_process(pid: int) -> bool:
+    # Our own id found in a name is a leftover too: in a container every run may have the same id.
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Write ``obj`` as indented UTF-8 JSON."""
+    path.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_safetensors(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, taking the tensors one at a time from ``tensors``.
+
+    Equivalent, when everything fits in memory, to
+    ``safetensors.torch.save_file({s.name: t for s, t in zip(specs, tensors)}, path, metadata)``.
+
+    Args:
+        path: the file to write; not atomic by itself, see :func:`atomic_directory`.
+        specs: what will come, in order. Where dtypes differ, wider ones first (readers need aligned data).
+        tensors: as many tensors, each matching its spec; may be a generator.
+        metadata: the header's ``__metadata__``; default ``{"format": "pt"}``, which transformers asks for.
+
+    Raises:
+        ValueError: a tensor does not match its spec, there are too few or too many, or a spec is not aligned.
+    """
+    header = _encode_header(specs, {"format": "pt"} if metadata is None else metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        remaining = iter(tensors)
+        # No name holds a tensor here, nor does a zip: the one written is freed before the next one is made.
+        for spec in specs:
+            file.write(_data_of(next(remaining, None), spec))
+        if next(remaining, None) is not None:
+            raise ValueError(f"more tensors than the {len(specs)} specs")
+
+
+def _data_of(tensor: torch.Tensor | None, spec: TensorSpec) -> memoryview:
+    if tensor is None:
+        raise ValueError(f"{spec.name}: fewer tensors than specs")
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, wanted {spec}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for spec in specs:
+        if spec.name in entries:
+            raise ValueError(f"{spec.name}: two tensors have this name")
+        if offset % spec.dtype.itemsize:
+            raise ValueError(f"{spec.name}: {spec.dtype} at byte {offset} is not aligned; put wider dtypes first")
+        end = offset + spec.num_bytes
+        entries[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
+    """Read the names, dtypes and shapes in a safetensors file without its data.
+
+    Raises:
+        ConfigError: the file is truncated, or is not a safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            entries: dict[str, Any] = json.loads(file.read(length))
+        specs = {name: _decode_entry(name, entry) for name, entry in entries.items() if name != "__metadata__"}
+        expected = 8 + length + sum(spec.num_bytes for spec in specs.values())
+        if (size := path.stat().st_size) != expected:
+            raise ValueError(f"{size} bytes where its header describes {expected}")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = Problem(str(path), str(error), "a whole safetensors file", "Copy it again: it is damaged.")
+        raise ConfigError(problem) from error
+    return specs
+
+
+def _decode_entry(name: str, entry: Mapping[str, Any]) -> TensorSpec:
+    spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+    start, end = entry["data_offsets"]
+    if end - start != spec.num_bytes:
+        raise ValueError(f"{name}: {end - start} bytes for a tensor of {spec.num_bytes}")
+    return spec
+
+
+def require_free_space(path: Path, num_bytes: int, *, key: str) -> None:
+    """Refuse to begin writing what the disk cannot hold.
+
+    Args:
+        path: where the result will be; it need not exist yet.
+        num_bytes: size of the result.
+        key: the setting that names ``path``, for the message.
+
+    Raises:
+        ConfigError: the nearest existing parent has less than ``num_bytes`` free.
+    """
+    path = Path(os.path.abspath(path))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        wanted = f"a place with {num_bytes:,} bytes free ({existing} has {free:,})"
+        raise ConfigError(Problem(key, str(path), wanted, "Free some space or choose another disk."))
