@@ -1,0 +1,221 @@
+"""The only door to torchtune's internals, so that what they are and how they bite stands in one place."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torchtune import config as tune_config
+from torchtune import training
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
+from torchtune.data import padded_collate_packed, padded_collate_sft
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.peft import (
+    DoRALinear,
+    get_adapter_params,
+    get_adapter_state_dict,
+    get_lora_module_names,
+    get_merged_lora_ckpt,
+    set_trainable_params,
+)
+from torchtune.training import get_act_offloading_ctx_manager
+
+from kd_recipes.batch import IGNORE_INDEX
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+def merge_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Merge command-line overrides into a config as ``tune run`` does.
+
+    Raises:
+        ValueError: an override that is neither ``key=value`` nor ``~key``.
+    """
+    flags = [word for word in overrides if word.startswith("--")]
+    if flags:
+        raise ValueError(f"flags are not settings: {flags}; write key=value")
+    yaml = Namespace(**OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+    return _merge_yaml_and_cli_args(yaml, list(overrides))
+
+
+def locate(path: str) -> Callable[..., Any]:
+    """The object that a ``_component_`` names.
+
+    Raises:
+        ValueError: it cannot be imported, or cannot be called.
+    """
+    try:
+        component = _get_component_from_path(path)
+    except InstantiationError as error:
+        raise ValueError(str(error)) from error
+    if not callable(component):
+        raise ValueError(f"{path} is a {type(component).__name__}, which cannot be called")
+    return component  # type: ignore[no-any-return]
+
+
+def instantiate(cfg: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
+    """Build what a ``_component_`` section describes; None for no section."""
+    return tune_config.instantiate(cfg, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+@dataclass(frozen=True)
+class Head:
+    """A model's output projection, taken off so that the loss can apply it to a few tokens at a time.
+
+    Args:
+        project: ``[..., D] -> [..., V]``, in the model's dtype.
+        parameters: the trainable tensors that ``project`` uses.
+        num_rows: V, padding of the vocabulary included.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    parameters: tuple[nn.Parameter, ...]
+    num_rows: int
+
+
+def take_head(model: TransformerDecoder) -> Head:
+    """Make a model return its last hidden states ``[B, S, D]``, normed; return the head that it applied to them."""
+    # unembed() is norm, then output. A function, since a module would be registered as a child and not be found first
+    norm = model.norm
+    model.unembed = lambda hidden: norm(hidden)
+    output = model.output
+    if isinstance(output, nn.Module):
+        return Head(output, tuple(p for p in output.parameters() if p.requires_grad), output.weight.shape[0])
+    weight = output.tied_module.weight  # TiedLinear is no nn.Module
+    return Head(output, (weight,) if weight.requires_grad else (), weight.shape[0])
+
+
+def build_model(cfg: DictConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerDecoder:
+    """A model without its weights."""
+    with training.set_default_dtype(dtype), device:
+        return instantiate(cfg)
+
+
+def load_weights(model: TransformerDecoder, state: dict[str, Tensor]) -> list[str]:
+    """Load a state dict, leaving adapters as they were initialized.
+
+    Returns:
+        Problems, as texts: keys that the model lacks or the state lacks, shapes that differ.
+    """
+    adapters = get_adapter_params(model)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [
+        f"{name} is {list(tensor.shape)} in the file and {list(shapes[name])} in the model"
+        for name, tensor in state.items()
+        if name in shapes and shapes[name] != tensor.shape
+    ]
+    if wrong:
+        return wrong
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    problems = [f"{name} is not in the file" for name in missing if name not in adapters]
+    problems += [f"{name} is in the file and not in the model" for name in unexpected]
+    if not problems:
+        for module in (
+            m for m in model.modules() if isinstance(m, DoRALinear)
+        ):  # DoRA's magnitude is the norm of the weight just loaded
+            module.initialize_dora_magnitude()
+    return problems
+
+
+def freeze_all_but_adapters(model: TransformerDecoder) -> bool:
+    """Train the adapters alone where there are any; returns whether there are."""
+    adapters = get_adapter_params(model)
+    if adapters:
+        set_trainable_params(model, adapters)
+    return bool(adapters)
+
+
+def checkpoint_activations(model: TransformerDecoder) -> None:
+    """Recompute each block's activations in the backward pass."""
+    training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+
+
+def activation_offloading(model: TransformerDecoder, enabled: bool) -> AbstractContextManager[Any]:
+    """The context in which the student's forward pass runs; must be made before :func:`take_head`."""
+    return get_act_offloading_ctx_manager(model, enabled)  # type: ignore[no-any-return]
+
+
+def compile_blocks(model: TransformerDecoder) -> None:
+    """Compile each block in place."""
+    training.compile_model(model, verbose=False)
+
+
+def build_profiler(cfg: DictConfig | None) -> Any:
+    """The profiler that a ``profiler:`` section describes: start, step and stop; does nothing where it is off."""
+    if cfg is None or not cfg.get("enabled", False):
+        return training.DummyProfiler()
+    return instantiate(cfg)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- checkpointers
+def load_checkpoint(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
+    """Instantiate a torchtune checkpointer and load its model's weights.
+
+    Returns:
+        The checkpointer, which a later :func:`save_checkpoint` needs, and the weights under torchtune's names.
+    """
+    checkpointer = instantiate(cfg)
+    state = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    return checkpointer, dict(state)
+
+
+def load_model_state(cfg: DictConfig) -> dict[str, Tensor]:
+    """The weights that a checkpointer reads, for a model that is only read: leaves no directory behind."""
+    with tempfile.TemporaryDirectory() as unused:
+        return load_checkpoint(OmegaConf.merge(cfg, {"output_dir": unused}))[1]  # type: ignore[arg-type]
+
+
+def save_checkpoint(checkpointer: Any, contents: dict[str, Any], directory: Path, adapter_only: bool = False) -> None:
+    """Write a model the way its checkpointer does, into exactly this directory.
+
+    Args:
+        checkpointer: the one that loaded the base weights; it knows their names, shards and companion files.
+        contents: ``model`` (weights under torchtune's names), and for LoRA ``adapter`` and ``adapter_config``.
+        directory: where the files go; made if need be.
+        adapter_only: leave the merged weights out.
+    """
+    # the checkpointers write to <output_dir>/epoch_<n>; everything they write is wanted one level up
+    checkpointer._output_dir = directory
+    checkpointer.save_checkpoint(contents, epoch=0, intermediate_checkpoint=False, adapter_only=adapter_only)
+    written = directory / "epoch_0"
+    for path in written.iterdir():
+        path.rename(directory / path.name)
+    written.rmdir()
+
+
+def merged_student(model: TransformerDecoder, model_cfg: DictConfig) -> dict[str, Any]:
+    """What :func:`save_checkpoint` takes, for a full or an adapted model; the live model is not touched."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    adapter_state = {name: tensor.clone() for name, tensor in get_adapter_state_dict(state).items()}
+    if not adapter_state:
+        return {training.MODEL_KEY: state}
+    rank, alpha = model_cfg.lora_rank, model_cfg.lora_alpha
+    modules = get_lora_module_names(
+        list(model_cfg.lora_attn_modules),
+        model_cfg.get("apply_lora_to_mlp", False),
+        model_cfg.get("apply_lora_to_output", False),
+    )
+    adapter_config = {"r": rank, "lora_alpha": alpha, "target_modules": modules, "peft_type": "LORA"}
+    return {
+        training.MODEL_KEY: get_merged_lora_ckpt(state, rank=rank, alpha=alpha),  # adds in place, hence the clones
+        training.ADAPTER_KEY: adapter_state,
+        training.ADAPTER_CONFIG: adapter_config,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+def collate(padding_idx: int, packed: bool) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """torchtune's collate function: ``tokens`` and ``labels`` ``[B, S]``; packed, also ``mask`` and ``input_pos``."""
+    if packed:
+        return padded_collate_packed  # type: ignore[no-any-return]
+    return partial(padded_collate_sft, padding_idx=padding_idx, ignore_idx=IGNORE_INDEX)
