@@ -1,0 +1,306 @@
+"""Train a student against a teacher.
+
+The teacher's softened predictions and the data's labels train the student; held-out text says how far it got.
+Writes checkpoints to resume from, the best and the final student, and curves, to ``output_dir``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+from torchtune.recipe_interfaces import FTRecipeInterface
+from tqdm import tqdm
+
+from kd_recipes import _torchtune
+from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.evaluation import HeldOut, evaluate_held_out
+from kd_recipes.losses import choose_objective
+from kd_recipes.monitoring.metrics import StepMeter, log
+from kd_recipes.storage import atomic_directory, write_json
+from kd_recipes.students import Student
+from kd_recipes.teachers import OnlineTeacher
+from kd_recipes.training.checkpoint import RunDirectory, random_state, set_random_state
+from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader
+from kd_recipes.training.parallel import Parallel
+from kd_recipes.training.precision import MasterWeights, resolve_dtype
+from kd_recipes.training.preflight import check_tokenizer, preflight
+from kd_recipes.training.settings import KEYS
+from kd_recipes.training.step import apply_update, grad_norm, require_finite
+
+__all__ = ["KEYS", "DistillRecipe", "main"]
+
+
+class DistillRecipe(FTRecipeInterface):
+    """Distillation on one device.
+
+    Args:
+        cfg: checked against :data:`KEYS`, with its defaults.
+
+    Raises:
+        ConfigError: what is wrong with the config and the files it names, before any weights are loaded.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._parallel = Parallel.from_environment()
+        preflight(cfg)
+        self._cfg = cfg
+        self._device = torch.device(cfg.device)
+        self._dtype = resolve_dtype(cfg.dtype, self._device)
+        self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
+        self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
+        self.step = 0
+        self._best = math.inf
+        self._history: dict[int, HeldOut] = {}
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Build everything, cheapest to check first: data, then models, then their weights."""
+        self._tokenizer = _build("tokenizer", cfg.tokenizer)
+        self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
+        self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
+        self._steps_per_epoch = self._count_steps(len(self._loader))
+        self.student = self._setup_student()
+        self._teacher = self._setup_teacher()
+        rows = [self.student.head.num_rows] + ([self._teacher.head.num_rows] if self._teacher else [])
+        self._num_ids = min(rows)
+        check_tokenizer(self._tokenizer, self._num_ids, self.student.model.max_seq_len)
+        self._objective = choose_objective(
+            _torchtune.instantiate(cfg.loss),
+            _torchtune.instantiate(cfg.kd_loss),
+            kd_ratio=cfg.kd_ratio,
+            temperature=cfg.temperature,
+            num_ids=self._num_ids,
+            chunk_size=cfg.chunk_size,
+        )
+        self._weights = MasterWeights(self.student.trainable().values(), enabled=cfg.master_weights)
+        self._optimizer = _torchtune.instantiate(cfg.optimizer, self._weights.parameters)
+        self._scheduler = _torchtune.instantiate(
+            cfg.lr_scheduler, self._optimizer, num_training_steps=self.num_steps, last_epoch=-1
+        )
+        if cfg.resume_from_checkpoint:
+            self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
+        self._run.open(cfg)
+        self._logger = _torchtune.instantiate(cfg.metric_logger)
+        self._logger.log_config(cfg)
+        self._profiler = _torchtune.build_profiler(cfg.profiler)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return min(self._cfg.epochs * self._steps_per_epoch, self._cfg.max_steps or sys.maxsize)
+
+    def _count_steps(self, num_micro_batches: int) -> int:
+        steps = num_micro_batches // self._cfg.gradient_accumulation_steps
+        if steps == 0:
+            got = f"{num_micro_batches} micro-batches"
+            wanted = f"at least {self._cfg.gradient_accumulation_steps}, the gradient_accumulation_steps"
+            raise ConfigError(Problem("dataset", got, wanted, "Lower batch_size or gradient_accumulation_steps"))
+        return min(steps, self._cfg.max_steps_per_epoch or steps)
+
+    def _setup_loader(self, key: str, *, shuffle: bool) -> Any:
+        dataset, packed = build_dataset(self._cfg[key], self._tokenizer, key)
+        return build_loader(
+            dataset,
+            packed=packed,
+            batch_size=self._cfg.batch_size,
+            shuffle=shuffle,
+            seed=self._cfg.seed or 0,
+            padding_idx=self._tokenizer.pad_id,
+            parallel=self._parallel,
+        )
+
+    def _setup_student(self) -> Student:
+        cfg = self._cfg
+        model = _torchtune.build_model(cfg.model, dtype=self._dtype, device=self._device)
+        checkpointer, state = _torchtune.load_checkpoint(cfg.checkpointer)
+        _require_fit("model", cfg.model, _torchtune.load_weights(model, state))
+        return Student(
+            model,
+            cfg.model,
+            checkpointer,
+            recompute_activations=cfg.enable_activation_checkpointing,
+            offload_activations=cfg.enable_activation_offloading,
+            compile_blocks=cfg.compile,
+        )
+
+    def _setup_teacher(self) -> OnlineTeacher | None:
+        cfg = self._cfg
+        is_asked = cfg.kd_ratio > 0 or cfg.eval_dataset is not None
+        if cfg.teacher_model is None or not is_asked:
+            return None
+        device = torch.device(cfg.teacher_device or cfg.device)
+        dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
+        model = _torchtune.build_model(cfg.teacher_model, dtype=dtype, device=device)
+        state = _torchtune.load_model_state(cfg.teacher_checkpointer)
+        _require_fit("teacher_model", cfg.teacher_model, _torchtune.load_weights(model, state))
+        if cfg.compile:
+            _torchtune.compile_blocks(model)
+        return OnlineTeacher(model)
+
+    def train(self) -> None:
+        """Run to the last step, then write the final student."""
+        if self.step == 0:
+            self.evaluate()
+        self._profiler.start()
+        with tqdm(total=self.num_steps, initial=self.step, desc="distil", unit="step") as progress:
+            while self.step < self.num_steps:
+                self._loader.sampler.set_epoch(self.step // self._steps_per_epoch)
+                self._train_epoch(progress)
+        self._profiler.stop()
+        if self.step not in self._history:
+            self.evaluate()
+        self._finish()
+
+    def _train_epoch(self, progress: Any) -> None:
+        micro_batches = batches(self._loader, self._device, self.student.model.max_seq_len)
+        meter = StepMeter()
+        for micros in accumulate(micro_batches, self._cfg.gradient_accumulation_steps):
+            num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
+            for batch in micros:
+                signal = self._teacher.signal(batch) if self._teacher and self._objective.needs_teacher else None
+                loss = self._objective(self.student(batch), self.student.head, signal, batch)
+                (loss.total / max(num_tokens, 1)).backward()
+                self._weights.collect_grads()
+                meter.add(loss)
+            self.step += 1
+            self._update(meter.finish(num_tokens), progress)
+            self._profiler.step()
+            if self._is_due(self._cfg.eval_every_n_steps):
+                self.evaluate()
+            ends_epoch = self.step % self._steps_per_epoch == 0
+            if self._is_due(self._cfg.save_every_n_steps) or (ends_epoch and self.step < self.num_steps):
+                self.save_checkpoint()
+            if ends_epoch or self.step == self.num_steps:
+                return
+            meter = StepMeter()
+
+    def _update(self, metrics: dict[str, float], progress: Any) -> None:
+        """Change the student by the gradients collected, unless they are of no use, and report the step."""
+        metrics["optimizer/grad_norm"] = grad_norm(self._weights.parameters)
+        metrics["optimizer/lr"] = self._optimizer.param_groups[0]["lr"]
+        if metrics["throughput/tokens_per_second"] == 0:
+            tqdm.write(f"step {self.step}: every label of its batches is masked; the weights stay as they are")
+            return
+        require_finite(metrics["loss/total"], metrics["optimizer/grad_norm"], self.step)
+        apply_update(self._weights, self._optimizer, self._scheduler, self._cfg.clip_grad_norm)
+        if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
+            metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
+        if self.step % self._cfg.log_every_n_steps == 0:
+            log(self._logger, "", metrics, self.step)
+        progress.update()
+        progress.set_postfix(
+            loss=f"{metrics['loss/total']:.3f}", tok_s=f"{metrics['throughput/tokens_per_second']:.0f}"
+        )
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def evaluate(self) -> None:
+        """Measure the student on held-out text; export it as ``best/`` if it is."""
+        if self._eval_loader is None:
+            return
+        self.student.model.eval()
+        limit = self._cfg.max_eval_batches or len(self._eval_loader)
+        held_out = evaluate_held_out(
+            self.student,
+            self.student.head,
+            self._teacher.signal if self._teacher else None,
+            tqdm(
+                islice(batches(self._eval_loader, self._device, self.student.model.max_seq_len), limit),
+                total=min(limit, len(self._eval_loader)),
+                desc="held-out",
+                leave=False,
+            ),
+            self._num_ids,
+        )
+        self.student.model.train()
+        self._history[self.step] = held_out
+        log(self._logger, "held_out/", held_out.metrics(), self.step)
+        tqdm.write(f"step {self.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.metrics().items()))
+        score = held_out.score(self._cfg.best_metric, self._cfg.kd_ratio)
+        if score < self._best:
+            self._best = score
+            self._export("best")
+
+    def save_checkpoint(self) -> None:
+        """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
+        mid_epoch = self.step % self._steps_per_epoch != 0
+        state = {
+            "step": self.step,
+            "seed": self._seed,
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "master_weights": self._weights.state_dict(),
+            "loader": self._loader.state_dict() if mid_epoch else None,
+            "random": random_state(),
+        }
+        self._run.save(self.step, self.student.weights(), state)
+
+    def load_checkpoint(self, name: str | None = None) -> None:
+        """Go back to the newest checkpoint in the output directory, or to the one named."""
+        weights, state = self._run.load(name)
+        self.student.load_weights(weights)
+        self._weights.load_state_dict(state["master_weights"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if state["loader"] is not None:
+            self._loader.load_state_dict(state["loader"])
+        self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
+        set_random_state(state["random"])
+
+    def _export(self, name: str) -> None:
+        with atomic_directory(self._run.path / name) as directory:
+            self.student.export(directory, adapter_only=self._cfg.save_adapter_weights_only)
+            metrics = {"step": self.step}
+            if self.step in self._history:
+                metrics |= self._history[self.step].metrics()
+            write_json(directory / "held_out.json", metrics)
+
+    def _finish(self) -> None:
+        self._export("final")
+        print(f"Student after {self.step} steps: {self._run.path / 'final'}")
+        if self._eval_loader is not None:
+            print(f"Best student by held-out {self._cfg.best_metric}: {self._run.path / 'best'}")
+
+    def cleanup(self) -> None:
+        """Flush the metric logger."""
+        self._logger.close()
+
+
+def _build(key: str, section: DictConfig) -> Any:
+    """Instantiate a small part, whose own errors are about the section's values."""
+    try:
+        return _torchtune.instantiate(section)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(Problem(key, section._component_, "one that can be built", str(error))) from error
+
+
+def _require_fit(key: str, section: DictConfig, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        wanted = "the model that the checkpoint holds"
+        raise ConfigError(Problem(key, section._component_, wanted, f"{problems[0]}{more}"))
+
+
+def main(cfg: DictConfig) -> None:
+    """Run a distillation from a checked config."""
+    recipe = DistillRecipe(cfg)
+    recipe.setup(cfg)
+    try:
+        recipe.train()
+    finally:
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    from kd_recipes.entry import run_recipe
+
+    raise SystemExit(run_recipe("distill"))

@@ -1,0 +1,91 @@
+"""How good a student is on text that it was not trained on, in the terms that compare across runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_recipes.batch import Batch
+from kd_recipes.losses import Objective
+from kd_recipes.losses.objective import OutputHead
+from kd_recipes.signals import DenseSignal
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over the tokens of held-out text, at temperature 1.
+
+    Args:
+        num_tokens: how many tokens the means are over.
+        cross_entropy: of the model with the text, in nats a token.
+        kl: KL(teacher || model), in nats a token; nan without a teacher.
+        agreement: share of tokens at which teacher and model have the same likeliest id; nan without a teacher.
+        accuracy: share of tokens at which the model's likeliest id is the text's.
+    """
+
+    num_tokens: int
+    cross_entropy: float
+    kl: float
+    agreement: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the cross entropy."""
+        return math.exp(self.cross_entropy)
+
+    def score(self, name: str, kd_ratio: float) -> float:
+        """What the best student has least of: ``perplexity``, ``kl``, or ``objective``, the mixture that is trained."""
+        if name == "objective":
+            return (kd_ratio * self.kl if kd_ratio > 0 else 0.0) + (1 - kd_ratio) * self.cross_entropy
+        return self.metrics()[name]
+
+    def metrics(self) -> dict[str, float]:
+        """By name, for tables and loggers."""
+        return {
+            "perplexity": self.perplexity,
+            "cross_entropy": self.cross_entropy,
+            "kl": self.kl,
+            "agreement": self.agreement,
+            "accuracy": self.accuracy,
+        }
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: Callable[[Batch], Tensor],
+    head: OutputHead,
+    signal: Callable[[Batch], DenseSignal] | None,
+    batches: Iterable[Batch],
+    num_ids: int,
+) -> HeldOut:
+    """Run a model over held-out batches.
+
+    Args:
+        model: batch -> last hidden states ``[B, S, D]``.
+        head: the model's output head.
+        signal: batch -> the teacher's signal; None leaves out what needs a teacher.
+        batches: the text.
+        num_ids: ids that model and teacher share.
+
+    Raises:
+        ValueError: no token has a label.
+    """
+    # the mixture itself is of no interest here: kd_ratio only says whether there is a teacher to ask
+    objective = Objective(kd_ratio=0.0 if signal is None else 1.0, num_ids=num_ids)
+    sums = torch.zeros(4, dtype=torch.float64)
+    num_tokens = 0
+    for batch in batches:
+        loss = objective(model(batch), head, signal(batch) if signal else None, batch)
+        sums += torch.stack((loss.cross_entropy, loss.divergence, loss.num_agreeing, loss.num_correct)).cpu()
+        num_tokens += loss.num_tokens
+    if num_tokens == 0:
+        raise ValueError("no token of the held-out text has a label")
+    cross_entropy, kl, agreement, accuracy = (sums / num_tokens).tolist()
+    if signal is None:
+        kl = agreement = math.nan
+    return HeldOut(num_tokens, cross_entropy, kl, agreement, accuracy)

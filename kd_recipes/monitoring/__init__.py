@@ -1,0 +1,1 @@
+"""Monitoring: what a run reports while it runs."""

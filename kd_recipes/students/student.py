@@ -1,0 +1,87 @@
+"""A student: the one model that a step changes. Full, LoRA, DoRA and QLoRA differ only in their builder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from kd_recipes import _torchtune
+from kd_recipes.batch import Batch
+
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in the names of blocks whose activations are recomputed
+
+
+class Student:
+    """A trainable model without its head, and how it is saved.
+
+    Args:
+        model: with its weights.
+        model_cfg: the section that built it; its LoRA settings say how to merge.
+        checkpointer: the torchtune checkpointer that loaded it; it writes in the form that it read.
+        recompute_activations: trade a second forward pass of each block for its activations' memory.
+        offload_activations: keep them in host memory (CUDA only).
+        compile_blocks: compile each block.
+    """
+
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        model_cfg: DictConfig,
+        checkpointer: Any,
+        *,
+        recompute_activations: bool = False,
+        offload_activations: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        self.model = model.train()
+        self.is_adapted = _torchtune.freeze_all_but_adapters(model)
+        self._model_cfg = model_cfg
+        self._checkpointer = checkpointer
+        if compile_blocks:
+            _torchtune.compile_blocks(model)
+        if recompute_activations:
+            _torchtune.checkpoint_activations(model)
+        self._offloading = _torchtune.activation_offloading(model, offload_activations)
+        self.head = _torchtune.take_head(model)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Last hidden states ``[B, S, D]``."""
+        with self._offloading:
+            return self.model(  # type: ignore[no-any-return]
+                batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS
+            )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that a step changes, by name."""
+        named = ((name.replace(_CHECKPOINT_WRAPPER, ""), p) for name, p in self.model.named_parameters())
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What :meth:`load_weights` takes back."""
+        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+
+    @torch.no_grad()
+    def load_weights(self, saved: dict[str, Tensor]) -> None:
+        """Take saved weights back.
+
+        Raises:
+            KeyError: they are not of the same parameters.
+        """
+        trainable = self.trainable()
+        if trainable.keys() != saved.keys():
+            raise KeyError(f"saved and trainable parameters differ: {sorted(trainable.keys() ^ saved.keys())[:3]} …")
+        for name, parameter in trainable.items():
+            parameter.copy_(saved[name])
+
+    def export(self, directory: Path, *, adapter_only: bool = False) -> None:
+        """Write the student as its checkpointer does: for HF checkpoints a directory that transformers loads.
+
+        An adapted student is written merged, with its adapter beside it unless ``adapter_only`` leaves the rest out.
+        """
+        contents = _torchtune.merged_student(self.model, self._model_cfg)
+        _torchtune.save_checkpoint(self._checkpointer, contents, directory, adapter_only)

@@ -1,0 +1,1 @@
+"""Training: the parts of the one loop."""

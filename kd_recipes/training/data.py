@@ -1,0 +1,90 @@
+"""From a ``dataset:`` section to micro-batches in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune.datasets import ConcatDataset
+
+from kd_recipes import _torchtune
+from kd_recipes.batch import IGNORE_INDEX, Batch, shift_labels
+from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.training.parallel import Parallel
+
+_SAMPLES_TO_CHECK = 64
+
+
+def build_dataset(cfg: DictConfig | ListConfig, tokenizer: Any, key: str) -> tuple[Dataset[Any], bool]:
+    """A data set, or several one after the other, and whether it is packed.
+
+    Raises:
+        ConfigError: it cannot be built, is empty, or none of its first samples has a label.
+    """
+    sections = list(cfg) if isinstance(cfg, ListConfig) else [cfg]
+    try:
+        parts = [_torchtune.instantiate(section, tokenizer) for section in sections]
+    except Exception as error:  # the component's own, of any kind: a file not found, a column that is not there
+        problem = Problem(key, [section._component_ for section in sections], "a data set that loads", str(error))
+        raise ConfigError(problem) from error
+    dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
+    _require_labels(dataset, key)
+    return dataset, any(section.get("packed", False) for section in sections)
+
+
+def _require_labels(dataset: Any, key: str) -> None:
+    if len(dataset) == 0:
+        raise ConfigError(Problem(key, "0 samples", "at least one sample", "Look at its source, split and filter"))
+    samples = [dataset[index] for index in range(min(len(dataset), _SAMPLES_TO_CHECK))]
+    if all((torch.as_tensor(sample["labels"])[1:] == IGNORE_INDEX).all() for sample in samples):
+        wanted = "at least one label that is not masked"
+        remedy = (
+            "Look at train_on_input, the masking strategy, and max_seq_len (a prompt that fills it leaves no answer)"
+        )
+        raise ConfigError(Problem(key, f"{len(samples)} samples, all labels masked", wanted, remedy))
+
+
+def build_loader(
+    dataset: Any, *, packed: bool, batch_size: int, shuffle: bool, seed: int, padding_idx: int, parallel: Parallel
+) -> StatefulDataLoader:
+    """Batches in an order that depends on the seed and the epoch alone, whose position can be saved."""
+    sampler: StatefulDistributedSampler = StatefulDistributedSampler(
+        dataset, num_replicas=parallel.world_size, rank=parallel.rank, shuffle=shuffle, seed=seed
+    )
+    return StatefulDataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=_torchtune.collate(padding_idx, packed),
+        drop_last=shuffle,  # held-out data, which is not shuffled, is seen to its last token
+    )
+
+
+def batches(loader: Iterable[Any], device: torch.device, max_seq_len: int) -> Iterator[Batch]:
+    """The loader's batches with shifted labels, on a device.
+
+    Raises:
+        ConfigError: a sequence that the student's positions do not reach.
+    """
+    for collated in loader:
+        length = collated["tokens"].shape[1]
+        if length > max_seq_len:
+            wanted = f"at most {max_seq_len}, the student's max_seq_len"
+            remedy = f"Set tokenizer.max_seq_len={max_seq_len} to cut longer ones"
+            raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
+        yield shift_labels(collated).to(device)
+
+
+def accumulate(batches: Iterable[Batch], num_micro_batches: int) -> Iterator[list[Batch]]:
+    """Groups of micro-batches, one a step; what is left over at the end of an epoch is dropped, as torchtune does."""
+    micros = []
+    for micro in batches:
+        micros.append(micro)
+        if len(micros) == num_micro_batches:
+            yield micros
+            micros = []

@@ -1,0 +1,76 @@
+"""The keys of a distillation's config: a superset of those of torchtune's knowledge-distillation recipes."""
+
+from __future__ import annotations
+
+from kd_recipes.config import Key
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _is_dtype(value: str) -> bool:
+    return value in ("auto", "bf16", "fp32")
+
+
+def _is_best_metric(value: str) -> bool:
+    return value in ("objective", "perplexity", "kl")
+
+
+KEYS = (
+    Key("recipe", "str", wanted="`distill`"),
+    Key("output_dir", "path", required=True, wanted="a directory for everything that the run writes"),
+    # student and teacher
+    Key("model", "component", required=True),
+    Key("checkpointer", "component", required=True),
+    Key("teacher_model", "component"),
+    Key("teacher_checkpointer", "component"),
+    Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=_is_dtype),
+    Key("teacher_device", "str", wanted="a device; the student's by default"),
+    # data
+    Key("tokenizer", "component", required=True),
+    Key("dataset", "components", required=True, args=1),
+    Key("eval_dataset", "components", args=1, wanted="held-out data, in the form of dataset"),
+    Key("batch_size", "int", required=True, wanted="sequences in a micro-batch, above 0", check=_positive),
+    Key("shuffle", "bool", default=True),
+    Key("seed", "int", wanted="a whole number; drawn at random if null"),
+    # objective
+    Key("kd_ratio", "float", default=0.5, wanted="a number in [0, 1]", check=lambda value: 0 <= value <= 1),
+    Key("temperature", "float", default=1.0, wanted="a number above 0", check=_positive),
+    Key("kd_loss", "component", wanted="a divergence; forward KL by default"),
+    Key("loss", "component", wanted="with torchtune's own kd_loss: its cross entropy"),
+    Key("chunk_size", "int", wanted="tokens whose logits exist at a time, above 0; chosen by default", check=_positive),
+    # optimizer
+    Key("optimizer", "component", required=True, args=1),
+    Key("lr_scheduler", "component", args=1, kwargs=("num_training_steps", "last_epoch")),
+    Key("gradient_accumulation_steps", "int", default=1, wanted="a whole number above 0", check=_positive),
+    Key("clip_grad_norm", "any", wanted="the largest norm of a step's gradient, above 0", check=lambda v: float(v) > 0),
+    Key("master_weights", "bool", default=True, wanted="whether the optimizer keeps float32 copies of bf16 weights"),
+    # run
+    Key("epochs", "int", default=1, wanted="a whole number above 0", check=_positive),
+    Key("max_steps_per_epoch", "int", wanted="a whole number above 0", check=_positive),
+    Key("max_steps", "int", wanted="a whole number above 0", check=_positive),
+    Key("resume_from_checkpoint", "bool", default=False),
+    Key("save_every_n_steps", "int", wanted="a whole number above 0; after each epoch by default", check=_positive),
+    Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=_positive),
+    Key("save_adapter_weights_only", "bool", default=False),
+    Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
+    Key("dtype", "choice", default="bf16", wanted="auto, bf16 or fp32", check=_is_dtype),
+    Key("compile", "bool", default=False),
+    Key("enable_activation_checkpointing", "bool", default=False),
+    Key("enable_activation_offloading", "bool", default=False),
+    Key("cudnn_deterministic_mode", "str"),
+    # monitoring
+    Key("metric_logger", "component", required=True),
+    Key("log_every_n_steps", "int", default=1, wanted="a whole number above 0", check=_positive),
+    Key("log_peak_memory_stats", "bool", default=False),
+    Key("eval_every_n_steps", "int", wanted="a whole number above 0; only at the ends by default", check=_positive),
+    Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=_positive),
+    Key("best_metric", "choice", default="objective", wanted="objective, perplexity or kl", check=_is_best_metric),
+    Key("profiler", "component"),
+    # of torchtune's distributed recipe: kept so that its configs run here
+    Key("fsdp_cpu_offload", "bool"),
+    Key("fsdp_reshard_after_forward", "bool"),
+    Key("custom_sharded_layers", "list"),
+    Key("low_cpu_ram", "bool"),
+)

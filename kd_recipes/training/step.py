@@ -1,0 +1,46 @@
+"""One update of a student: from gradients to weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from kd_recipes.training.precision import MasterWeights
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not a number; raised before the update, so the weights are still good."""
+
+
+def require_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Stop before an update that would ruin the weights.
+
+    Raises:
+        NonFiniteError: with the step, and what usually helps.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights are those of step {step - 1}. "
+            "Lower optimizer.lr, set clip_grad_norm, or compute in fp32; the last checkpoint is untouched"
+        )
+
+
+def apply_update(
+    weights: MasterWeights, optimizer: torch.optim.Optimizer, scheduler: Any, clip_grad_norm: float | None
+) -> None:
+    """Clip, step, publish the weights, advance the learning rate, and drop the gradients."""
+    if clip_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(weights.parameters, clip_grad_norm)
+    optimizer.step()
+    weights.publish()
+    optimizer.zero_grad(set_to_none=True)
+    if scheduler is not None:
+        scheduler.step()
+
+
+def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """The gradients' common 2-norm."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
