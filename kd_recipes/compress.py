@@ -1,0 +1,187 @@
+"""Drop the blocks of a model that matter least.
+
+Measures on calibration text how far each block turns the hidden state, drops the least influential, and writes what
+remains to ``output_dir``: a dense, smaller checkpoint that transformers and torchtune load as it is, and the
+``model:`` section (model.yaml) with which to distil it. Expect it to be poor before that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from kd_recipes import _torchtune
+from kd_recipes.batch import IGNORE_INDEX
+from kd_recipes.compression import (
+    DepthPruning,
+    HFCheckpoint,
+    block_influence,
+    choose_blocks,
+    prune_depth_checkpoint,
+    read_checkpoint,
+)
+from kd_recipes.config import Key
+from kd_recipes.errors import ConfigError, Problem, gather
+from kd_recipes.parts import build, build_model, find_device, load_model
+from kd_recipes.training.data import build_dataset
+from kd_recipes.training.precision import resolve_dtype
+from kd_recipes.training.preflight import check_tokenizer
+
+_BAR_WIDTH = 24
+
+
+def _positive(value: int) -> bool:
+    return value > 0
+
+
+KEYS = (
+    Key("recipe", "str", wanted="`compress`"),
+    Key("output_dir", "path", required=True, wanted="a new or empty directory for the smaller checkpoint"),
+    Key("model", "component", required=True, wanted="the model to make smaller"),
+    Key("checkpointer", "component", required=True, kwargs=("output_dir",), wanted="where its weights are"),
+    Key("tokenizer", "component", required=True),
+    Key("dataset", "components", required=True, args=1, wanted="calibration text"),
+    Key("method", "component", required=True, wanted="kd_recipes.compression.DepthPruning and its settings"),
+    Key("num_calibration_tokens", "int", default=8192, wanted="a whole number above 0", check=_positive),
+    Key("sequence_length", "int", default=512, wanted="longest calibration window in tokens, above 0", check=_positive),
+    Key("seed", "int", default=0, wanted="a whole number; which samples the calibration text is made of"),
+    Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
+    Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=lambda v: v in ("auto", "bf16", "fp32")),
+)
+
+
+def main(cfg: DictConfig) -> None:
+    """Prune the model that ``cfg`` describes into ``cfg.output_dir``, and print what was done.
+
+    Raises:
+        ConfigError: what is wrong with the config and the files that it names; nothing has been written then.
+    """
+    source, method, device, tokenizer = _preflight(cfg)
+    windows = _calibration_windows(cfg, tokenizer)
+    model = _load_model(cfg, tokenizer, device)
+    progress = tqdm(windows, desc="calibrate", unit="window")
+    influence_L = block_influence(model, ((tokens.to(device), valid.to(device)) for tokens, valid in progress))
+    keep = choose_blocks(influence_L, method.num_keep(source.num_layers), protected=method.protected)
+    record = {
+        "block_influence": [round(value, 6) for value in influence_L.tolist()],
+        "num_calibration_tokens": sum(int(valid.sum()) for _, valid in windows),
+    }
+    pruned = prune_depth_checkpoint(source.directory, Path(cfg.output_dir), keep, record=record)
+    print(report(influence_L.tolist(), keep))
+    print(_summary(source, pruned))
+
+
+def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning, torch.device, Any]:
+    """What can be wrong before text and weights are loaded, all of it together."""
+    source, method, device, tokenizer, _ = gather(
+        lambda: read_checkpoint(Path(cfg.checkpointer.checkpoint_dir)),
+        lambda: _method(cfg.method),
+        lambda: find_device("device", cfg.device),
+        lambda: build("tokenizer", cfg.tokenizer),
+        lambda: _require_vacant(Path(cfg.output_dir)),
+    )
+    method.num_keep(source.num_layers)
+    return source, method, device, tokenizer
+
+
+def _method(section: DictConfig) -> DepthPruning:
+    method = build("method", section)
+    if not isinstance(method, DepthPruning):
+        raise ConfigError(Problem("method._component_", section._component_, "kd_recipes.compression.DepthPruning"))
+    return method
+
+
+def _require_vacant(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        remedy = "Choose another output_dir, or remove it first"
+        raise ConfigError(Problem("output_dir", str(directory), "a new or empty directory", remedy))
+
+
+def _calibration_windows(cfg: DictConfig, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:
+    dataset, _ = build_dataset(cfg.dataset, tokenizer, "dataset")
+    windows = calibration_windows(
+        dataset, num_tokens=cfg.num_calibration_tokens, sequence_length=cfg.sequence_length, seed=cfg.seed
+    )
+    num_tokens = sum(tokens.numel() for tokens, _ in windows)
+    if num_tokens < cfg.num_calibration_tokens:
+        print(f"The data set has only {num_tokens} of num_calibration_tokens={cfg.num_calibration_tokens}.")
+    return windows
+
+
+def calibration_windows(
+    dataset: Any, *, num_tokens: int, sequence_length: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Samples in random order, each cut into windows; never two in one, since no text has such a seam.
+
+    Args:
+        dataset: torchtune's: ``dataset[i]`` has ``tokens`` and, beside them, ``labels``.
+        num_tokens: how many to take; fewer where the data set ends before.
+        sequence_length: the longest window, in tokens.
+        seed: of the order.
+
+    Returns:
+        For each window its ids and which of them are not masked, both ``[1, S]``.
+    """
+    windows: list[tuple[Tensor, Tensor]] = []
+    missing = num_tokens
+    for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
+        sample = dataset[index]
+        tokens_1S, labels_1S = (torch.as_tensor(sample[name])[None, :missing] for name in ("tokens", "labels"))
+        valid_1S = labels_1S != IGNORE_INDEX
+        windows += zip(tokens_1S.split(sequence_length, dim=1), valid_1S.split(sequence_length, dim=1), strict=True)
+        missing -= tokens_1S.numel()
+        if missing == 0:
+            break
+    return windows
+
+
+def _load_model(cfg: DictConfig, tokenizer: Any, device: torch.device) -> TransformerDecoder:
+    size = _torchtune.model_size(build_model("model", cfg.model, dtype=torch.bfloat16, device=torch.device("meta")))
+    check_tokenizer(tokenizer, size.num_rows, size.max_seq_len)
+    if cfg.sequence_length > size.max_seq_len:
+        wanted = f"at most {size.max_seq_len}, the model's max_seq_len"
+        raise ConfigError(Problem("sequence_length", cfg.sequence_length, wanted))
+    dtype = resolve_dtype(cfg.dtype, device)
+    return load_model("model", cfg.model, cfg.checkpointer, dtype=dtype, device=device).model.eval()
+
+
+def report(influence: Sequence[float], keep: Sequence[int]) -> str:
+    """A table of the blocks: index, influence as a number and a bar, kept or dropped.
+
+    A full bar is three times the median: the first and the last block tower over the rest, whose differences decide.
+    """
+    full = 3 * median(influence) or 1.0
+    lines = ["block  influence"]
+    for index, value in enumerate(influence):
+        length = round(_BAR_WIDTH * value / full)
+        bar = "#" * min(length, _BAR_WIDTH) + (">" if length > _BAR_WIDTH else "")
+        lines.append(f"{index:5}  {value:9.4f}  {bar:{_BAR_WIDTH + 1}}  {'kept' if index in keep else 'dropped'}")
+    return "\n".join(lines)
+
+
+def _summary(source: HFCheckpoint, pruned: HFCheckpoint) -> str:
+    before, after = (sum(math.prod(spec.shape) for spec in checkpoint.specs) for checkpoint in (source, pruned))
+    text = (
+        f"\nBlocks:     {source.num_layers} -> {pruned.num_layers}\n"
+        f"Parameters: {before:,} -> {after:,} ({after / before:.0%})\n"
+        f"Wrote {pruned.directory}, which transformers loads as it is. "
+    )
+    section = pruned.directory / "model.yaml"
+    if not section.is_file():
+        return f"{text}torchtune has no builder for it, so no recipe can train it."
+    return f"{text}To use it in a recipe (also in model.yaml):\n\n{OmegaConf.to_yaml(OmegaConf.load(section))}"
+
+
+if __name__ == "__main__":
+    from kd_recipes.entry import run_recipe
+
+    raise SystemExit(run_recipe("compress"))
