@@ -24,4 +24,5 @@ class DenseSignal:
 
     def logits(self, positions_n: Tensor, num_ids: int) -> Tensor:
         """Logits ``[n, V]`` at some positions of the flattened ``[B * S]``, over the first ``num_ids`` = V ids."""
-        return self.project(self.hidden_BSD.flatten(0, 1)[positions_n])[:, :num_ids]
+        rows_nD = self.hidden_BSD.flatten(0, 1)[positions_n.to(self.hidden_BSD.device)]
+        return self.project(rows_nD)[:, :num_ids]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.batch import Batch
+from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.losses import Objective
 from kd_recipes.losses.objective import OutputHead
 from kd_recipes.signals import DenseSignal
@@ -36,7 +37,10 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """e to the cross entropy."""
-        return math.exp(self.cross_entropy)
+        try:
+            return math.exp(self.cross_entropy)
+        except OverflowError:  # above e^709, where a float ends
+            return math.inf
 
     def score(self, name: str, kd_ratio: float) -> float:
         """What the best student has least of: ``perplexity``, ``kl``, or ``objective``, the mixture that is trained."""
@@ -73,7 +77,7 @@ def evaluate_held_out(
         num_ids: ids that model and teacher share.
 
     Raises:
-        ValueError: no token has a label.
+        ConfigError: no token has a label.
     """
     # the mixture itself is of no interest here: kd_ratio only says whether there is a teacher to ask
     objective = Objective(kd_ratio=0.0 if signal is None else 1.0, num_ids=num_ids)
@@ -84,7 +88,8 @@ def evaluate_held_out(
         sums += torch.stack((loss.cross_entropy, loss.divergence, loss.num_agreeing, loss.num_correct)).cpu()
         num_tokens += loss.num_tokens
     if num_tokens == 0:
-        raise ValueError("no token of the held-out text has a label")
+        remedy = "Raise max_eval_batches or look at the masking of the held-out data"
+        raise ConfigError(Problem("eval_dataset", "0 tokens with a label", "at least one in its batches", remedy))
     cross_entropy, kl, agreement, accuracy = (sums / num_tokens).tolist()
     if signal is None:
         kl = agreement = math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
@@ -23,10 +24,14 @@ class OnlineTeacher:
         self._device = next(model.parameters()).device
 
     @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states ``[B, S, D]``, on the teacher's device."""
+        here = batch.to(self._device)
+        return self.model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)  # type: ignore[no-any-return]
+
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at each position, on the batch's own device."""
-        here, there = batch.to(self._device), batch.tokens_BS.device
-        hidden_BSD = self.model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)
+        there = batch.tokens_BS.device
         if there == self._device:
-            return DenseSignal(hidden_BSD, self.head.project)
-        return DenseSignal(hidden_BSD, lambda hidden: self.head.project(hidden).to(there))
+            return DenseSignal(self.hidden(batch), self.head.project)
+        return DenseSignal(self.hidden(batch), lambda hidden: self.head.project(hidden).to(there))
