@@ -1,7 +1,6 @@
 # Works with GNU make 3.81 (macOS) and newer. `make help` lists the targets.
 PYTHON ?= python3
-# Further arguments for pip. For a CPU build of torch, which is much smaller than the CUDA one on Linux:
-# make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Further arguments for pip, such as an index with the CPU build of torch, much smaller than the CUDA one on Linux.
 PIP_ARGS ?=
 
 VENV := .venv
@@ -37,8 +36,8 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## measure time and memory of what claims to save them
-	$(BIN)/python -m pytest tests/benchmarks -m slow -s
+bench: quickstart  ## train the quickstart's student without our recipe, too, and compare (some 25 minutes)
+	$(BIN)/python tests/benchmarks/quickstart_baselines.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
