@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -19,7 +20,9 @@ from torchtune import training
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 from torchtune.data import padded_collate_packed, padded_collate_sft
+from torchtune.generation import generate
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import (
     DoRALinear,
     get_adapter_params,
@@ -29,6 +32,7 @@ from torchtune.modules.peft import (
     set_trainable_params,
 )
 from torchtune.training import get_act_offloading_ctx_manager
+from torchtune.utils import get_logger
 
 from kd_recipes.batch import IGNORE_INDEX
 
@@ -44,7 +48,19 @@ def merge_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if flags:
         raise ValueError(f"flags are not settings: {flags}; write key=value")
     yaml = Namespace(**OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
-    return _merge_yaml_and_cli_args(yaml, list(overrides))
+    kept = [word for word in overrides if not _drops_section(yaml, word)]
+    return _merge_yaml_and_cli_args(yaml, kept)  # type: ignore[no-any-return]
+
+
+def _drops_section(yaml: Namespace, word: str) -> bool:
+    """Carry out ``~section`` or ``section=null``; torchtune refuses the one and sets ``_component_`` by the other."""
+    match = re.fullmatch(r"~(\w+)|(\w+)=(?:null|None|~|)", word)
+    name = (match.group(1) or match.group(2)) if match else None
+    section = getattr(yaml, name, None) if name else None
+    is_section = isinstance(section, dict) and "_component_" in section
+    if is_section:
+        delattr(yaml, str(name))
+    return is_section
 
 
 def locate(path: str) -> Callable[..., Any]:
@@ -90,7 +106,8 @@ def take_head(model: TransformerDecoder) -> Head:
     model.unembed = lambda hidden: norm(hidden)
     output = model.output
     if isinstance(output, nn.Module):
-        return Head(output, tuple(p for p in output.parameters() if p.requires_grad), output.weight.shape[0])
+        rows: Tensor = output.weight  # type: ignore[assignment]
+        return Head(output, tuple(p for p in output.parameters() if p.requires_grad), rows.shape[0])
     weight = output.tied_module.weight  # TiedLinear is no nn.Module
     return Head(output, (weight,) if weight.requires_grad else (), weight.shape[0])
 
@@ -150,13 +167,6 @@ def compile_blocks(model: TransformerDecoder) -> None:
     training.compile_model(model, verbose=False)
 
 
-def build_profiler(cfg: DictConfig | None) -> Any:
-    """The profiler that a ``profiler:`` section describes: start, step and stop; does nothing where it is off."""
-    if cfg is None or not cfg.get("enabled", False):
-        return training.DummyProfiler()
-    return instantiate(cfg)[0]
-
-
 # ---------------------------------------------------------------------------------------------------- checkpointers
 def load_checkpoint(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
     """Instantiate a torchtune checkpointer and load its model's weights.
@@ -164,15 +174,38 @@ def load_checkpoint(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
     Returns:
         The checkpointer, which a later :func:`save_checkpoint` needs, and the weights under torchtune's names.
     """
-    checkpointer = instantiate(cfg)
-    state = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    return checkpointer, dict(state)
+    checkpointer = build_checkpointer(cfg)
+    return checkpointer, dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
 
 
-def load_model_state(cfg: DictConfig) -> dict[str, Tensor]:
-    """The weights that a checkpointer reads, for a model that is only read: leaves no directory behind."""
+def build_checkpointer(cfg: DictConfig) -> Any:
+    """A checkpointer that has looked for its files, and has no output directory yet."""
+    # checkpointers make their output directory when they are built; ours is made when there is something to write
     with tempfile.TemporaryDirectory() as unused:
-        return load_checkpoint(OmegaConf.merge(cfg, {"output_dir": unused}))[1]  # type: ignore[arg-type]
+        return instantiate(OmegaConf.merge(cfg, {"output_dir": unused}))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model's builder decides.
+
+    Args:
+        num_rows: of the embedding and the head, padding of the vocabulary included.
+        embed_dim: width of the residual stream.
+        num_layers: blocks.
+        max_seq_len: positions.
+    """
+
+    num_rows: int
+    embed_dim: int
+    num_layers: int
+    max_seq_len: int
+
+
+def model_size(model: TransformerDecoder) -> ModelSize:
+    """The sizes of a model, which may be on the meta device."""
+    num_rows, embed_dim = model.tok_embeddings.weight.shape
+    return ModelSize(num_rows, embed_dim, len(model.layers), model.max_seq_len)
 
 
 def save_checkpoint(checkpointer: Any, contents: dict[str, Any], directory: Path, adapter_only: bool = False) -> None:
@@ -186,19 +219,29 @@ def save_checkpoint(checkpointer: Any, contents: dict[str, Any], directory: Path
     """
     # the checkpointers write to <output_dir>/epoch_<n>; everything they write is wanted one level up
     checkpointer._output_dir = directory
+    get_logger("WARNING")  # what a checkpointer says of its temporary files would tear the progress bar
     checkpointer.save_checkpoint(contents, epoch=0, intermediate_checkpoint=False, adapter_only=adapter_only)
     written = directory / "epoch_0"
     for path in written.iterdir():
-        path.rename(directory / path.name)
+        # beside merged weights transformers, where peft is installed, would take an adapter for one to be added
+        target = directory if adapter_only or not path.name.startswith("adapter_") else directory / "adapter"
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
     written.rmdir()
 
 
-def merged_student(model: TransformerDecoder, model_cfg: DictConfig) -> dict[str, Any]:
-    """What :func:`save_checkpoint` takes, for a full or an adapted model; the live model is not touched."""
+def merged_student(model: TransformerDecoder, model_cfg: DictConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What :func:`save_checkpoint` takes, for a full or an adapted model; the live model is not touched.
+
+    Args:
+        model: the student.
+        model_cfg: the section that built it; its LoRA settings say how to merge.
+        dtype: of the weights to be written; a merge is computed in the model's own.
+    """
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     adapter_state = {name: tensor.clone() for name, tensor in get_adapter_state_dict(state).items()}
     if not adapter_state:
-        return {training.MODEL_KEY: state}
+        return {training.MODEL_KEY: {name: tensor.to(dtype) for name, tensor in state.items()}}
     rank, alpha = model_cfg.lora_rank, model_cfg.lora_alpha
     modules = get_lora_module_names(
         list(model_cfg.lora_attn_modules),
@@ -206,11 +249,29 @@ def merged_student(model: TransformerDecoder, model_cfg: DictConfig) -> dict[str
         model_cfg.get("apply_lora_to_output", False),
     )
     adapter_config = {"r": rank, "lora_alpha": alpha, "target_modules": modules, "peft_type": "LORA"}
+    merged = get_merged_lora_ckpt(state, rank=rank, alpha=alpha)  # adds in place, hence the clones
     return {
-        training.MODEL_KEY: get_merged_lora_ckpt(state, rank=rank, alpha=alpha),  # adds in place, hence the clones
+        training.MODEL_KEY: {name: tensor.to(dtype) for name, tensor in merged.items()},
         training.ADAPTER_KEY: adapter_state,
         training.ADAPTER_CONFIG: adapter_config,
     }
+
+
+def greedy(model: TransformerDecoder, prompt: Sequence[int], num_tokens: int, stop_tokens: Sequence[int]) -> list[int]:
+    """The likeliest continuation of a prompt, token by token, by a model that still has its head.
+
+    Returns:
+        The ids after the prompt, up to and without a stop token.
+    """
+    first = next(model.parameters())
+    tokens_S = torch.tensor(prompt, device=first.device)
+    length = len(prompt) + num_tokens
+    caches = local_kv_cache(model, batch_size=1, device=first.device, dtype=first.dtype, decoder_max_seq_len=length)
+    with caches, torch.no_grad():
+        output, _ = generate(model, tokens_S, max_generated_tokens=num_tokens, top_k=1, stop_tokens=list(stop_tokens))
+    continuation: list[int] = output[0, len(prompt) :].tolist()
+    stops = [index for index, token in enumerate(continuation) if token in stop_tokens]
+    return continuation[: stops[0]] if stops else continuation
 
 
 # ------------------------------------------------------------------------------------------------------------- data

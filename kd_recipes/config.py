@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, one_line
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a text"),
@@ -27,6 +27,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "True or False"),
     "choice": ((str,), "one of the names"),
     "list": ((ListConfig, list), "a list"),
+    "mapping": ((DictConfig,), "a mapping of names to values"),
     "component": ((DictConfig,), "a section with _component_"),
     "components": ((DictConfig, ListConfig), "a section with _component_, or a list of them"),
     "any": ((object,), "anything"),
@@ -39,7 +40,7 @@ class Key:
 
     Args:
         name: the key.
-        kind: one of ``str path int float bool choice list component components any``.
+        kind: one of ``str path int float bool choice list mapping component components any``.
         required: whether it has to be there.
         default: its value where it is absent.
         wanted: what a valid value is, for messages and ``--help``.
@@ -93,13 +94,13 @@ def load(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         content = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(Problem("--config", str(path), "a readable YAML file", str(error))) from error
+        raise ConfigError(Problem("--config", str(path), "a readable YAML file", one_line(error))) from error
     if not isinstance(content, DictConfig):
         raise ConfigError(Problem("--config", str(path), "a YAML mapping of keys to values"))
     try:
         return _torchtune.merge_overrides(content, overrides)
-    except (ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(Problem("overrides", list(overrides), "key=value or ~key", str(error))) from error
+    except (ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(Problem("overrides", list(overrides), "key=value or ~key", one_line(error))) from error
 
 
 def load_and_validate(name: str, overrides: Sequence[str] = (), recipe: str | None = None) -> DictConfig:
@@ -139,7 +140,8 @@ def _interpolation_problems(cfg: DictConfig) -> Iterator[Problem]:
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        yield Problem(str(error.full_key or "config"), "an interpolation", "one that resolves", str(error.msg))
+        why = str(error.msg).partition("\n")[0]
+        yield Problem(str(error.full_key or "config"), "an interpolation", "one that resolves", why)
 
 
 def _unknown(name: str, known: Mapping[str, Any], what: str, prefix: str = "") -> Problem:
@@ -160,6 +162,8 @@ def _key_problems(cfg: DictConfig, key: Key) -> Iterator[Problem]:
         yield Problem(key.name, _plain(value), key.wanted or wanted)
     elif key.kind in ("component", "components"):
         sections = list(value) if isinstance(value, ListConfig) else [value]
+        if not sections:
+            yield Problem(key.name, [], "at least one section with _component_")
         for index, section in enumerate(sections):
             path = f"{key.name}[{index}]" if isinstance(value, ListConfig) else key.name
             yield from _component_problems(path, section, key)

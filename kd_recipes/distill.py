@@ -19,18 +19,19 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kd_recipes import _torchtune
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
 from kd_recipes.losses import choose_objective
 from kd_recipes.monitoring.metrics import StepMeter, log
-from kd_recipes.storage import atomic_directory, write_json
+from kd_recipes.parts import build, build_profiler, load_model
+from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
-from kd_recipes.training.checkpoint import RunDirectory, random_state, set_random_state
+from kd_recipes.training.checkpoint import RunDirectory, load_optimizer, random_state, set_random_state
 from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader
 from kd_recipes.training.parallel import Parallel
-from kd_recipes.training.precision import MasterWeights, resolve_dtype
-from kd_recipes.training.preflight import check_tokenizer, preflight
+from kd_recipes.training.precision import DTYPES, MasterWeights, resolve_dtype
+from kd_recipes.training.preflight import check_models, preflight
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import apply_update, grad_norm, require_finite
 
@@ -61,47 +62,55 @@ class DistillRecipe(FTRecipeInterface):
 
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
-        self._tokenizer = _build("tokenizer", cfg.tokenizer)
-        self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
-        self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
-        self._steps_per_epoch = self._count_steps(len(self._loader))
-        self.student = self._setup_student()
-        self._teacher = self._setup_teacher()
-        rows = [self.student.head.num_rows] + ([self._teacher.head.num_rows] if self._teacher else [])
-        self._num_ids = min(rows)
-        check_tokenizer(self._tokenizer, self._num_ids, self.student.model.max_seq_len)
+        self._tokenizer = build("tokenizer", cfg.tokenizer)
+        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if self._asks_teacher else [])])
+        self._num_ids = min(size.num_rows for size in sizes)
+        self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._objective = choose_objective(
-            _torchtune.instantiate(cfg.loss),
-            _torchtune.instantiate(cfg.kd_loss),
+            build("loss", cfg.loss),
+            build("kd_loss", cfg.kd_loss),
             kd_ratio=cfg.kd_ratio,
             temperature=cfg.temperature,
             num_ids=self._num_ids,
             chunk_size=cfg.chunk_size,
         )
+        self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
+        self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
+        self._steps_per_epoch = self._count_steps(len(self._loader))
+        # the optimizer needs the weights, but what is wrong with its settings can be known without them
+        self._build_optimizer([torch.nn.Parameter(torch.zeros(1, 1, device=self._device))])
+        self.student = self._setup_student()
+        self._teacher = self._setup_teacher()
         self._weights = MasterWeights(self.student.trainable().values(), enabled=cfg.master_weights)
-        self._optimizer = _torchtune.instantiate(cfg.optimizer, self._weights.parameters)
-        self._scheduler = _torchtune.instantiate(
-            cfg.lr_scheduler, self._optimizer, num_training_steps=self.num_steps, last_epoch=-1
-        )
+        self._optimizer, self._scheduler = self._build_optimizer(self._weights.parameters)
         if cfg.resume_from_checkpoint:
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
+        self._profiler = build_profiler(cfg.profiler)
+        self._logger = build("metric_logger", cfg.metric_logger)
         self._run.open(cfg)
-        self._logger = _torchtune.instantiate(cfg.metric_logger)
         self._logger.log_config(cfg)
-        self._profiler = _torchtune.build_profiler(cfg.profiler)
+
+    @property
+    def _asks_teacher(self) -> bool:
+        return self._cfg.teacher_model is not None and (self._cfg.kd_ratio > 0 or self._cfg.eval_dataset is not None)
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
-        return min(self._cfg.epochs * self._steps_per_epoch, self._cfg.max_steps or sys.maxsize)
+        return min(int(self._cfg.epochs) * self._steps_per_epoch, int(self._cfg.max_steps or sys.maxsize))
 
     def _count_steps(self, num_micro_batches: int) -> int:
-        steps = num_micro_batches // self._cfg.gradient_accumulation_steps
+        steps = num_micro_batches // int(self._cfg.gradient_accumulation_steps)
         if steps == 0:
             got = f"{num_micro_batches} micro-batches"
             wanted = f"at least {self._cfg.gradient_accumulation_steps}, the gradient_accumulation_steps"
             raise ConfigError(Problem("dataset", got, wanted, "Lower batch_size or gradient_accumulation_steps"))
-        return min(steps, self._cfg.max_steps_per_epoch or steps)
+        return min(steps, int(self._cfg.max_steps_per_epoch or steps))
+
+    def _build_optimizer(self, parameters: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = build("optimizer", self._cfg.optimizer, parameters)
+        arguments = {"num_training_steps": self.num_steps, "last_epoch": -1}
+        return optimizer, build("lr_scheduler", self._cfg.lr_scheduler, optimizer, **arguments)
 
     def _setup_loader(self, key: str, *, shuffle: bool) -> Any:
         dataset, packed = build_dataset(self._cfg[key], self._tokenizer, key)
@@ -117,13 +126,12 @@ class DistillRecipe(FTRecipeInterface):
 
     def _setup_student(self) -> Student:
         cfg = self._cfg
-        model = _torchtune.build_model(cfg.model, dtype=self._dtype, device=self._device)
-        checkpointer, state = _torchtune.load_checkpoint(cfg.checkpointer)
-        _require_fit("model", cfg.model, _torchtune.load_weights(model, state))
+        loaded = load_model("model", cfg.model, cfg.checkpointer, dtype=self._dtype, device=self._device)
         return Student(
-            model,
+            loaded.model,
             cfg.model,
-            checkpointer,
+            loaded.checkpointer,
+            export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
             recompute_activations=cfg.enable_activation_checkpointing,
             offload_activations=cfg.enable_activation_offloading,
             compile_blocks=cfg.compile,
@@ -131,17 +139,14 @@ class DistillRecipe(FTRecipeInterface):
 
     def _setup_teacher(self) -> OnlineTeacher | None:
         cfg = self._cfg
-        is_asked = cfg.kd_ratio > 0 or cfg.eval_dataset is not None
-        if cfg.teacher_model is None or not is_asked:
+        if not self._asks_teacher:
             return None
         device = torch.device(cfg.teacher_device or cfg.device)
         dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
-        model = _torchtune.build_model(cfg.teacher_model, dtype=dtype, device=device)
-        state = _torchtune.load_model_state(cfg.teacher_checkpointer)
-        _require_fit("teacher_model", cfg.teacher_model, _torchtune.load_weights(model, state))
+        loaded = load_model("teacher_model", cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
         if cfg.compile:
-            _torchtune.compile_blocks(model)
-        return OnlineTeacher(model)
+            _torchtune.compile_blocks(loaded.model)
+        return OnlineTeacher(loaded.model)
 
     def train(self) -> None:
         """Run to the last step, then write the final student."""
@@ -158,7 +163,7 @@ class DistillRecipe(FTRecipeInterface):
         self._finish()
 
     def _train_epoch(self, progress: Any) -> None:
-        micro_batches = batches(self._loader, self._device, self.student.model.max_seq_len)
+        micro_batches = batches(self._loader, self._device, self._max_seq_len)
         meter = StepMeter()
         for micros in accumulate(micro_batches, self._cfg.gradient_accumulation_steps):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
@@ -169,7 +174,7 @@ class DistillRecipe(FTRecipeInterface):
                 self._weights.collect_grads()
                 meter.add(loss)
             self.step += 1
-            self._update(meter.finish(num_tokens), progress)
+            self._update(meter.finish(num_tokens), num_tokens, progress)
             self._profiler.step()
             if self._is_due(self._cfg.eval_every_n_steps):
                 self.evaluate()
@@ -180,11 +185,11 @@ class DistillRecipe(FTRecipeInterface):
                 return
             meter = StepMeter()
 
-    def _update(self, metrics: dict[str, float], progress: Any) -> None:
+    def _update(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
         """Change the student by the gradients collected, unless they are of no use, and report the step."""
         metrics["optimizer/grad_norm"] = grad_norm(self._weights.parameters)
         metrics["optimizer/lr"] = self._optimizer.param_groups[0]["lr"]
-        if metrics["throughput/tokens_per_second"] == 0:
+        if num_tokens == 0:
             tqdm.write(f"step {self.step}: every label of its batches is masked; the weights stay as they are")
             return
         require_finite(metrics["loss/total"], metrics["optimizer/grad_norm"], self.step)
@@ -212,7 +217,7 @@ class DistillRecipe(FTRecipeInterface):
             self.student.head,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                islice(batches(self._eval_loader, self._device, self.student.model.max_seq_len), limit),
+                islice(batches(self._eval_loader, self._device, self._max_seq_len), limit),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,
@@ -246,20 +251,22 @@ class DistillRecipe(FTRecipeInterface):
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
         weights, state = self._run.load(name)
-        self.student.load_weights(weights)
-        self._weights.load_state_dict(state["master_weights"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scheduler:
-            self._scheduler.load_state_dict(state["scheduler"])
-        if state["loader"] is not None:
-            self._loader.load_state_dict(state["loader"])
+        try:
+            self.student.load_weights(weights)
+            self._weights.load_state_dict(state["master_weights"])
+            load_optimizer(self._optimizer, self._scheduler, state)
+            if state["loader"] is not None:
+                self._loader.load_state_dict(state["loader"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what torch's parts raise, each its own
+            wanted = "a checkpoint of the same model, optimizer and data"
+            raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error
         self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
         set_random_state(state["random"])
 
     def _export(self, name: str) -> None:
         with atomic_directory(self._run.path / name) as directory:
             self.student.export(directory, adapter_only=self._cfg.save_adapter_weights_only)
-            metrics = {"step": self.step}
+            metrics: dict[str, float] = {"step": self.step}
             if self.step in self._history:
                 metrics |= self._history[self.step].metrics()
             write_json(directory / "held_out.json", metrics)
@@ -275,29 +282,15 @@ class DistillRecipe(FTRecipeInterface):
         self._logger.close()
 
 
-def _build(key: str, section: DictConfig) -> Any:
-    """Instantiate a small part, whose own errors are about the section's values."""
-    try:
-        return _torchtune.instantiate(section)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(Problem(key, section._component_, "one that can be built", str(error))) from error
-
-
-def _require_fit(key: str, section: DictConfig, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        wanted = "the model that the checkpoint holds"
-        raise ConfigError(Problem(key, section._component_, wanted, f"{problems[0]}{more}"))
-
-
 def main(cfg: DictConfig) -> None:
     """Run a distillation from a checked config."""
     recipe = DistillRecipe(cfg)
     recipe.setup(cfg)
-    try:
-        recipe.train()
-    finally:
-        recipe.cleanup()
+    with explain_disk_errors(Path(cfg.output_dir)):  # a metric logger's, too
+        try:
+            recipe.train()
+        finally:
+            recipe.cleanup()
 
 
 if __name__ == "__main__":

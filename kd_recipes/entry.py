@@ -13,15 +13,17 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from omegaconf import DictConfig
 
 from kd_recipes.config import Key, load, validate
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, RunError
 
 RECIPES = ("compress", "distill", "evaluate", "import_gguf")
 DEFAULT_RECIPE = "distill"
+EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
 
 
@@ -37,7 +39,7 @@ def requested_recipe() -> str | None:
 
 
 def _recipe_in(command_line: Iterable[str]) -> str | None:
-    for word in command_line:
+    for word in takewhile(lambda word: word != "--config", command_line):  # what follows is the recipe's own
         if match := re.fullmatch(r"kd_recipes[./](\w+?)(\.py)?", word):
             return match.group(1)
     return None
@@ -50,17 +52,14 @@ def choose_recipe(requested: str | None, cfg: DictConfig) -> str:
         ConfigError: the two contradict each other, or there is no such recipe.
     """
     configured = cfg.get("recipe")
-    if requested and configured and requested != configured:
-        raise ConfigError(
-            Problem(
-                "recipe", configured, f"`{requested}`, as on the command line", "Name the same recipe in both places"
-            )
-        )
     name = requested or configured or DEFAULT_RECIPE
     if name not in RECIPES:
         near = difflib.get_close_matches(str(name), RECIPES, n=1)
         remedy = f"Did you mean `{near[0]}`?" if near else ""
         raise ConfigError(Problem("recipe", name, f"one of {', '.join(RECIPES)}", remedy))
+    if requested and configured and requested != configured:
+        wanted = f"`{requested}`, as on the command line"
+        raise ConfigError(Problem("recipe", configured, wanted, "Name the same recipe in both places"))
     return str(name)
 
 
@@ -77,14 +76,16 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
         argv: ``--config FILE [key=value …] [--help]``; the process's own by default.
 
     Returns:
-        0, or 2 after bad input (its problems are on stderr).
+        0; 2 after bad input, 1 where a run that had begun could not go on (stderr says why).
     """
     parser = argparse.ArgumentParser(prog=f"tune run kd_recipes.{name or '<recipe>'}", add_help=False)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config")
     parser.add_argument("--help", "-h", action="store_true")
     options, overrides = parser.parse_known_args(argv)
+    if options.config is None and not options.help:
+        parser.error("the following arguments are required: --config")
     try:
-        cfg = load(options.config, overrides)
+        cfg = load(options.config, overrides) if options.config is not None else DictConfig({})
         name = choose_recipe(name, cfg)
         recipe = recipe_module(name)
         if options.help:
@@ -94,6 +95,9 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"kd_recipes.{name or DEFAULT_RECIPE} cannot run:\n{error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RunError as error:
+        print(f"kd_recipes.{name} stopped:\n  - {error}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,31 @@ class ConfigError(ValueError):
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
+
+
+class RunError(RuntimeError):
+    """A run that has begun cannot go on, for a reason that its user can do something about; says which and what."""
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, with its type where that is needed to understand it (``KeyError('text')``)."""
+    text = " ".join(str(error).split())
+    return text if len(text.split()) > 1 else f"{type(error).__name__}: {text}"
+
+
+def gather(*checks: Callable[[], Any]) -> list[Any]:
+    """The results of all checks.
+
+    Raises:
+        ConfigError: with the problems of every check that fails.
+    """
+    results: list[Any] = []
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return results

@@ -6,9 +6,11 @@ must still be writable. Neither `safetensors.torch.save_file` (all tensors at on
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, RunError
 
 # The limit of the reference implementation: a larger length is a damaged file, not a large model.
 MAX_HEADER_BYTES = 100_000_000
@@ -55,6 +57,45 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class StorageError(RunError):
+    """The disk is full, over quota, read-only or broken; what was whole before is whole still."""
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+@contextmanager
+def explain_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk's refusal to take what is written to ``path``, which each library words differently, into one error.
+
+    Raises:
+        StorageError: instead of what the block raised, where that came from the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StorageError) or not (reason := _disk_error(error)):
+            raise
+        raise StorageError(
+            f"cannot write {path}: {reason}. What had been saved before is untouched. Make room and run it again; "
+            "a distillation that has a checkpoint goes on from there with resume_from_checkpoint=True"
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """What the operating system said, in this exception or one that led to it; None where it was not the disk."""
+    text = str(error)
+    while error is not None:
+        # safetensors is written in Rust, and hands on the number in its text
+        found = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
+        if number in _DISK_ERRORS:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    # torch.save, given a path, loses the number
+    return "torch could not write all of a file (is the disk full?)" if "inline_container" in text else None
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` that becomes ``path`` when the block succeeds.
@@ -64,19 +105,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Args:
         path: the directory to make; its parents are created.
+
+    Raises:
+        StorageError: the disk refuses.
     """
     path = Path(os.path.abspath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clean_stale(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _sync_tree(temporary)
-        _replace_directory(path, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_stale(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            _replace_directory(path, temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _replace_directory(path: Path, new: Path) -> None:

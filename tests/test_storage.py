@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from kd_recipes import storage
 from kd_recipes.errors import ConfigError
-from kd_recipes.storage import TensorSpec, atomic_directory, read_safetensors_header, write_safetensors
+from kd_recipes.storage import (
+    StorageError,
+    TensorSpec,
+    atomic_directory,
+    explain_disk_errors,
+    read_safetensors_header,
+    write_safetensors,
+)
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -205,3 +213,30 @@ def test_json_is_readable(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "x.json", {"text": "▁é"})
     assert "▁é" in (tmp_path / "x.json").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"text": "▁é"}
+
+
+def test_what_a_disk_refuses_is_one_error_whoever_writes(tmp_path: Path) -> None:
+    def python(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def rust(path: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def chained(path: Path) -> None:
+        try:
+            python(path)
+        except OSError as error:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos") from error
+
+    for write in (python, rust, chained):
+        with pytest.raises(StorageError, match="No space left on device"), atomic_directory(tmp_path / "new") as new:
+            write(new)
+    with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "new"):  # not the disk's fault
+        (tmp_path / "nowhere").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_on_a_full_disk_is_told_by_its_text(tmp_path: Path) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # given a path
+    with pytest.raises(StorageError, match="is the disk full"), explain_disk_errors(tmp_path):
+        raise error

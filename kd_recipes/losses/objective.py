@@ -24,7 +24,7 @@ from kd_recipes.signals import DenseSignal
 # Logits of a chunk of tokens, whose gradient takes their place: large enough to keep the matrix units busy.
 _CHUNK_ELEMENTS = 1 << 26
 # The float32 arithmetic on them goes block by block: a block's buffers stay in cache, and below the size from which
-# a C library maps and zeroes fresh pages for every allocation (which took three quarters of the time on a CPU).
+# a C library maps and zeroes fresh pages for every allocation.
 _BLOCK_ELEMENTS = 1 << 20
 
 

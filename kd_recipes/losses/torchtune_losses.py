@@ -9,6 +9,7 @@ student and teacher agree. Both are why they are not the default.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,13 +93,26 @@ def choose_objective(
         settings: the fields of :class:`Objective` but the divergence.
 
     Raises:
-        ConfigError: two chunked modules that do not chunk alike.
+        ConfigError: a part that is no such loss, or two chunked modules that do not chunk alike.
     """
+    _require_signature("loss", loss, "logits, labels")
+    is_torchtune = isinstance(kd_loss, nn.Module)
+    names = "student logits, teacher logits, labels" if is_torchtune else "distributions"
+    _require_signature("kd_loss", kd_loss, names)
     if not isinstance(kd_loss, nn.Module):  # ours, whose cross entropy is what torchtune's chunked class computes too
         return Objective(divergence=kd_loss or ForwardKL(), **settings)
     loss = loss if loss is not None else nn.CrossEntropyLoss(ignore_index=IGNORE_INDEX)
-    chunks = {int(part.num_output_chunks) for part in (loss, kd_loss) if hasattr(part, "num_output_chunks")}
+    chunks = {part.num_output_chunks for part in (loss, kd_loss) if hasattr(part, "num_output_chunks")}
     if len(chunks) > 1:
         raise ConfigError(Problem("loss.num_output_chunks", chunks, "the same number as kd_loss.num_output_chunks"))
     settings.pop("chunk_size")
     return TorchtuneObjective(loss, kd_loss, **settings)
+
+
+def _require_signature(key: str, part: Any, names: str) -> None:
+    if part is None:
+        return
+    try:
+        inspect.signature(part.forward if isinstance(part, nn.Module) else part).bind(*names.split(", "))
+    except TypeError as error:
+        raise ConfigError(Problem(key, type(part).__name__, f"a loss that is called with ({names})")) from error

@@ -23,6 +23,7 @@ class Student:
         model: with its weights.
         model_cfg: the section that built it; its LoRA settings say how to merge.
         checkpointer: the torchtune checkpointer that loaded it; it writes in the form that it read.
+        export_dtype: of the weights that :meth:`export` writes.
         recompute_activations: trade a second forward pass of each block for its activations' memory.
         offload_activations: keep them in host memory (CUDA only).
         compile_blocks: compile each block.
@@ -34,6 +35,7 @@ class Student:
         model_cfg: DictConfig,
         checkpointer: Any,
         *,
+        export_dtype: torch.dtype,
         recompute_activations: bool = False,
         offload_activations: bool = False,
         compile_blocks: bool = False,
@@ -42,6 +44,7 @@ class Student:
         self.is_adapted = _torchtune.freeze_all_but_adapters(model)
         self._model_cfg = model_cfg
         self._checkpointer = checkpointer
+        self._export_dtype = export_dtype
         if compile_blocks:
             _torchtune.compile_blocks(model)
         if recompute_activations:
@@ -81,7 +84,7 @@ class Student:
     def export(self, directory: Path, *, adapter_only: bool = False) -> None:
         """Write the student as its checkpointer does: for HF checkpoints a directory that transformers loads.
 
-        An adapted student is written merged, with its adapter beside it unless ``adapter_only`` leaves the rest out.
+        An adapted student is written merged, its adapter in ``adapter/``; ``adapter_only`` leaves the rest out.
         """
-        contents = _torchtune.merged_student(self.model, self._model_cfg)
+        contents = _torchtune.merged_student(self.model, self._model_cfg, self._export_dtype)
         _torchtune.save_checkpoint(self._checkpointer, contents, directory, adapter_only)

@@ -8,8 +8,11 @@ logs/                        what the metric logger writes
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.storage import atomic_directory
+from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.storage import atomic_directory, explain_disk_errors, read_safetensors_header
 
 _WEIGHTS, _STATE, _CONFIG = "weights.safetensors", "state.pt", "run.yaml"
+_RESULTS = ("checkpoints", "best", "final")
 
 
 class RunDirectory:
@@ -38,13 +42,21 @@ class RunDirectory:
 
     @property
     def is_occupied(self) -> bool:
-        """Whether a run lives here."""
-        return (self.path / _CONFIG).exists()
+        """Whether a run lives here, or something that one would write over."""
+        return any((self.path / name).exists() for name in (_CONFIG, *_RESULTS))
+
+    @property
+    def results(self) -> list[Path]:
+        """The directories that a run writes anew as it goes on."""
+        return [self.path / name for name in _RESULTS]
 
     def open(self, cfg: DictConfig) -> None:
         """Make the directory and record the config, interpolations unresolved."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, self.path / _CONFIG)
+        with explain_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            new = self.path / f".{_CONFIG}.new"
+            OmegaConf.save(cfg, new)
+            os.replace(new, self.path / _CONFIG)  # a full disk must not empty the one of the run that goes on
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -54,28 +66,79 @@ class RunDirectory:
         """Write a checkpoint; only when it is whole are older ones deleted."""
         with atomic_directory(self.path / "checkpoints" / f"step_{step:08d}") as directory:
             save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, directory / _WEIGHTS)
-            torch.save(state, directory / _STATE)
+            with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
+                torch.save(state, file)
         for old in self.checkpoints()[: -self._keep_last_n]:
             shutil.rmtree(old)
 
+    def find(self, name: str | None = None) -> Path:
+        """The newest checkpoint, or the one named (a path, absolute or from this directory).
+
+        Raises:
+            ConfigError: there is none, or its files are not whole, as far as their ends show.
+        """
+        found = self.checkpoints()
+        if name is None and not found:
+            remedy = "Set resume_from_checkpoint=False to start anew"
+            if self.is_occupied:
+                remedy = f"The run stopped before it saved one: delete {self.path}, and start anew without resuming"
+            raise ConfigError(Problem("resume_from_checkpoint", True, f"a checkpoint in {self.path}", remedy))
+        directory = self.path / name if name is not None else found[-1]
+        try:
+            read_safetensors_header(directory / _WEIGHTS)
+            with zipfile.ZipFile(directory / _STATE):
+                return directory
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise self._unreadable(directory, error) from error
+
     def load(self, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read a checkpoint: the newest, or the one named (a path, absolute or from this directory).
+        """Read the checkpoint that :meth:`find` finds.
 
         Raises:
             ConfigError: there is none, or it cannot be read.
         """
-        found = self.checkpoints()
-        if name is None and not found:
-            remedy = "Set resume_from_checkpoint: False to start anew, or save_every_n_steps to have checkpoints"
-            raise ConfigError(Problem("resume_from_checkpoint", True, f"a checkpoint in {self.path}", remedy))
-        directory = self.path / name if name is not None else found[-1]
+        directory = self.find(name)
         try:
             return load_file(directory / _WEIGHTS), torch.load(directory / _STATE, weights_only=True)
-        except Exception as error:  # truncated, missing, not a checkpoint: each library has its own exceptions
-            remedy = f"Delete it to resume from the one before: {[path.name for path in found]}"
-            raise ConfigError(
-                Problem("resume_from_checkpoint", str(directory), f"readable ({error})", remedy)
-            ) from error
+        except Exception as error:  # each library has its own exceptions for a damaged file
+            raise self._unreadable(directory, error) from error
+
+    def _unreadable(self, directory: Path, error: Exception) -> ConfigError:
+        others = [path.name for path in self.checkpoints() if path != directory]
+        remedy = f"Delete it to resume from the one before; others here: {others or 'none'}"
+        why = one_line(error).removeprefix("- ")
+        return ConfigError(
+            Problem("resume_from_checkpoint", str(directory), f"a checkpoint that is whole ({why})", remedy)
+        )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Take back what an optimizer had gathered; its settings stay the config's: a run can go on at another rate.
+
+    Where the config is the one that was saved, this is ``load_state_dict`` of both.
+
+    Args:
+        optimizer: as the config builds it.
+        scheduler: of the learning rate; None without.
+        state: of a checkpoint: ``optimizer`` and ``scheduler``.
+
+    Raises:
+        ValueError: it is another optimizer's.
+    """
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        if missing := settings.keys() - group.keys():
+            raise ValueError(f"the optimizer that was saved has no {', '.join(sorted(missing))}")
+        if scheduler is not None and settings["initial_lr"] == group["initial_lr"]:
+            settings["lr"] = group["lr"]
+        elif scheduler is not None:  # schedules multiply the initial rate by a factor, which is kept
+            settings["lr"] = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
+        group.update(settings)
+    if scheduler is not None:
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def random_state() -> dict[str, Any]:

@@ -14,39 +14,39 @@ from torchtune.datasets import ConcatDataset
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import IGNORE_INDEX, Batch, shift_labels
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.training.parallel import Parallel
-
-_SAMPLES_TO_CHECK = 64
 
 
 def build_dataset(cfg: DictConfig | ListConfig, tokenizer: Any, key: str) -> tuple[Dataset[Any], bool]:
     """A data set, or several one after the other, and whether it is packed.
 
     Raises:
-        ConfigError: it cannot be built, is empty, or none of its first samples has a label.
+        ConfigError: it cannot be built, is empty, or none of its samples has a label.
     """
     sections = list(cfg) if isinstance(cfg, ListConfig) else [cfg]
     try:
         parts = [_torchtune.instantiate(section, tokenizer) for section in sections]
+        dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
+        _require_labels(dataset, key)
+    except ConfigError:
+        raise
     except Exception as error:  # the component's own, of any kind: a file not found, a column that is not there
-        problem = Problem(key, [section._component_ for section in sections], "a data set that loads", str(error))
-        raise ConfigError(problem) from error
-    dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
-    _require_labels(dataset, key)
+        got = ", ".join(section._component_ for section in sections)
+        raise ConfigError(Problem(key, got, "a data set that can be read", one_line(error))) from error
     return dataset, any(section.get("packed", False) for section in sections)
 
 
 def _require_labels(dataset: Any, key: str) -> None:
     if len(dataset) == 0:
         raise ConfigError(Problem(key, "0 samples", "at least one sample", "Look at its source, split and filter"))
-    samples = [dataset[index] for index in range(min(len(dataset), _SAMPLES_TO_CHECK))]
+    samples = (dataset[index] for index in range(len(dataset)))  # the first is enough, but in the case of the error
     if all((torch.as_tensor(sample["labels"])[1:] == IGNORE_INDEX).all() for sample in samples):
         wanted = "at least one label that is not masked"
         remedy = (
             "Look at train_on_input, the masking strategy, and max_seq_len (a prompt that fills it leaves no answer)"
         )
-        raise ConfigError(Problem(key, f"{len(samples)} samples, all labels masked", wanted, remedy))
+        raise ConfigError(Problem(key, f"{len(dataset)} samples, all labels masked", wanted, remedy))
 
 
 def build_loader(
@@ -62,6 +62,8 @@ def build_loader(
         sampler=sampler,
         collate_fn=_torchtune.collate(padding_idx, packed),
         drop_last=shuffle,  # held-out data, which is not shuffled, is seen to its last token
+        # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
+        generator=torch.Generator(),
     )
 
 

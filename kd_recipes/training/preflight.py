@@ -6,19 +6,27 @@ Only headers are read: the shapes in a safetensors file, the token-to-id map of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes import _torchtune
+from kd_recipes._torchtune import ModelSize
+from kd_recipes.errors import ConfigError, Problem, gather, one_line
+from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import TensorSpec, read_safetensors_header, require_free_space
 from kd_recipes.training.checkpoint import RunDirectory
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
-_ADAM_BYTES = 14  # a parameter in a checkpoint: bf16 weight, float32 master, two float32 moments
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 def preflight(cfg: DictConfig) -> None:
@@ -28,18 +36,43 @@ def preflight(cfg: DictConfig) -> None:
         ConfigError: with every problem found.
     """
     problems = [*_device_problems(cfg), *_teacher_problems(cfg), *_output_problems(cfg)]
-    sections = ["checkpointer"] + (["teacher_checkpointer"] if cfg.teacher_checkpointer is not None else [])
-    missing = [problem for key in sections for problem in _file_problems(key, cfg[key])]
-    problems += missing
-    if not missing and len(sections) == 2:
-        problems += _vocabulary_problems(cfg)
-    if not missing:
-        try:
-            require_free_space(Path(cfg.output_dir), _bytes_to_write(cfg), key="output_dir")
-        except ConfigError as error:
-            problems += error.problems
+    missing = [problem for key in _checkpointers(cfg) for problem in _file_problems(key, cfg[key])]
+    problems += missing or [*_vocabulary_problems(cfg), *_space_problems(cfg)]
     if problems:
         raise ConfigError(*problems)
+
+
+def check_models(cfg: DictConfig, tokenizer: Any, keys: Sequence[str]) -> list[ModelSize]:
+    """Check the models that a config describes against their checkpoints' headers and the tokenizer.
+
+    The models are built without memory for their weights, on torch's meta device.
+
+    Args:
+        cfg: the config.
+        tokenizer: of torchtune's protocol.
+        keys: ``model``, and ``teacher_model`` where there is one.
+
+    Returns:
+        The size of each model.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return gather(*(partial(_check_model, cfg, key, CHECKPOINTERS[key], tokenizer) for key in keys))
+
+
+def _check_model(cfg: DictConfig, key: str, checkpointer: str, tokenizer: Any) -> ModelSize:
+    model = build_model(key, cfg[key], dtype=torch.bfloat16, device=torch.device("meta"))
+    size = _torchtune.model_size(model)
+    specs = _specs(cfg[checkpointer])
+    wanted = f"the model in {cfg[checkpointer].get('checkpoint_dir')}"
+    found = {"layers": _num_layers(specs), "embedding": _embedding_shape(specs)}
+    for what, built in (("layers", size.num_layers), ("embedding", (size.num_rows, size.embed_dim))):
+        if found[what] not in (None, built):
+            remedy = f"Its {what}: {found[what]} in the file, {built} in `{key}`"
+            raise ConfigError(Problem(key, cfg[key]._component_, wanted, remedy))
+    check_tokenizer(tokenizer, size.num_rows, size.max_seq_len, model=key)
+    return size
 
 
 def checkpoint_files(section: DictConfig) -> list[Path]:
@@ -52,41 +85,74 @@ def checkpoint_files(section: DictConfig) -> list[Path]:
     return [Path(section.checkpoint_dir) / str(name) for name in files]
 
 
-def embedding_rows(section: DictConfig) -> int | None:
-    """Rows of the token embedding in a checkpoint, from its safetensors headers; None for other formats."""
-    for path in checkpoint_files(section):
-        if path.suffix == ".safetensors":
-            for name, spec in read_safetensors_header(path).items():
-                if name in _EMBEDDINGS:
-                    return spec.shape[0]
-    return None
+def _specs(section: DictConfig) -> dict[str, TensorSpec]:
+    """What the headers of a checkpoint's safetensors files say; nothing of files in other formats."""
+    specs: dict[str, TensorSpec] = {}
+    if "checkpoint_dir" in section:
+        for path in checkpoint_files(section):
+            if path.suffix == ".safetensors":
+                specs |= read_safetensors_header(path)
+    return specs
+
+
+def _embedding_shape(specs: Mapping[str, TensorSpec]) -> tuple[int, ...] | None:
+    return next((specs[name].shape for name in _EMBEDDINGS if name in specs), None)
+
+
+def _num_layers(specs: Mapping[str, TensorSpec]) -> int | None:
+    indices = [int(match.group(1)) for name in specs if (match := _LAYER.match(name))]
+    return max(indices) + 1 if indices else None
 
 
 def token_ids(directory: Path) -> dict[str, int] | None:
-    """The token-to-id map that stands beside a checkpoint, special tokens included; None where no known file does."""
-    if (directory / "tokenizer.json").is_file():
-        content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [[token, score], …] in the order of the ids
-            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
-    if (directory / "vocab.json").is_file():
-        return dict(json.loads((directory / "vocab.json").read_text(encoding="utf-8")))
+    """The token-to-id map that stands beside a checkpoint, special tokens included; None where no known file does.
+
+    Raises:
+        ConfigError: the file is there and cannot be read.
+    """
+    for name, read in (("tokenizer.json", _tokenizer_json), ("vocab.json", _vocab_json)):
+        file = directory / name
+        if file.is_file():
+            try:
+                return read(file)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise ConfigError(Problem(str(file), one_line(error), f"a {name} that can be read")) from error
     return None
+
+
+def _tokenizer_json(file: Path) -> dict[str, int]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [[token, score], …] in the order of the ids
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
+
+
+def _vocab_json(file: Path) -> dict[str, int]:
+    vocabulary = dict(json.loads(file.read_text(encoding="utf-8")))
+    config = file.with_name("tokenizer_config.json")
+    if config.is_file():  # special tokens are not in vocab.json
+        added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        vocabulary |= {token["content"]: int(index) for index, token in added.items()}
+    return vocabulary
+
+
+def _checkpointers(cfg: DictConfig) -> list[str]:
+    return [key for key in CHECKPOINTERS.values() if cfg[key] is not None]
+
+
+def _caught(check: Callable[[], object]) -> tuple[Problem, ...]:
+    try:
+        check()
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def _device_problems(cfg: DictConfig) -> Iterator[Problem]:
     for key in ("device", "teacher_device"):
-        name = cfg[key]
-        if name is None:
-            continue
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            yield Problem(key, name, "a device such as cpu, cuda or cuda:1")
-            continue
-        if device.type == "cuda" and not torch.cuda.is_available():
-            yield Problem(key, name, "a device that is there", "torch sees no CUDA device; device=cpu runs without one")
+        if cfg[key] is not None:
+            yield from _caught(partial(find_device, key, cfg[key]))
 
 
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -101,74 +167,139 @@ def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
 
 def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
     directory = Path(cfg.output_dir)
+    run = RunDirectory(directory)
     if directory.exists() and not directory.is_dir():
         yield Problem("output_dir", str(directory), "a directory", "There is a file of that name")
-    elif RunDirectory(directory).is_occupied and not cfg.resume_from_checkpoint:
-        remedy = "Choose another output_dir, or resume_from_checkpoint=True to go on with it"
+        return
+    if cfg.resume_from_checkpoint:
+        yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
+    elif run.is_occupied:
+        remedy = "Choose another output_dir, delete it, or go on with it: resume_from_checkpoint=True"
         yield Problem("output_dir", str(directory), "a directory that holds no other run", remedy)
-    source = Path(cfg.checkpointer.checkpoint_dir).resolve()
-    if source == directory.resolve() or source in directory.resolve().parents:
-        yield Problem("output_dir", str(directory), f"a directory outside checkpointer.checkpoint_dir ({source})")
+    for key in _checkpointers(cfg):
+        if isinstance(cfg[key].get("checkpoint_dir"), str):
+            yield from _overlap_problems(directory, run, key, Path(cfg[key].checkpoint_dir))
+    parent = _nearest_existing(directory)
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # on Linux without a name: the directory is as it was
+            pass
+    except OSError as error:
+        yield Problem("output_dir", str(directory), f"a place that can be written to ({parent}: {error.strerror})")
+
+
+def _overlap_problems(directory: Path, run: RunDirectory, key: str, checkpoint_dir: Path) -> Iterator[Problem]:
+    source, target = checkpoint_dir.resolve(), directory.resolve()
+    if target == source or source in target.parents:
+        yield Problem("output_dir", str(directory), f"a directory outside {key}.checkpoint_dir ({source})")
+    elif any(result.resolve() in (source, *source.parents) for result in run.results):
+        wanted = "a checkpoint that the run does not write over"
+        yield Problem(f"{key}.checkpoint_dir", str(checkpoint_dir), wanted, "Choose another output_dir")
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = Path(os.path.abspath(path))
+    return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
 
 
 def _file_problems(key: str, section: DictConfig) -> Iterator[Problem]:
-    if not Path(section.checkpoint_dir).is_dir():
-        yield Problem(
-            f"{key}.checkpoint_dir", section.checkpoint_dir, "a directory that exists", "Download the model first"
-        )
+    if "checkpoint_dir" not in section:  # a checkpointer of the user's own, with arguments of its own
         return
-    for path in checkpoint_files(section):
-        if not path.is_file():
-            there = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))
-            yield Problem(f"{key}.checkpoint_files", path.name, f"files that are in {path.parent}", f"There: {there}")
-        elif path.suffix == ".safetensors":
-            try:
-                read_safetensors_header(path)
-            except ValueError as error:
-                yield Problem(f"{key}.checkpoint_files", path.name, "a whole safetensors file", str(error))
+    directory, files = section.checkpoint_dir, section.get("checkpoint_files")
+    if not isinstance(directory, str) or not Path(directory).is_dir():
+        yield Problem(f"{key}.checkpoint_dir", directory, "a directory that exists", "Download the model first")
+        return
+    is_pattern = isinstance(files, DictConfig) and {"filename_format", "max_filename"} <= files.keys()
+    if not is_pattern and not (isinstance(files, ListConfig) and files):
+        yield Problem(f"{key}.checkpoint_files", files, "a list of files, or filename_format and max_filename")
+        return
+    damaged = [problem for path in checkpoint_files(section) for problem in _damage(f"{key}.checkpoint_files", path)]
+    yield from damaged
+    if not damaged:
+        try:
+            _torchtune.build_checkpointer(section)
+        except Exception as error:  # a component of the user's can raise anything
+            yield Problem(key, section._component_, "one that can be built", one_line(error))
+
+
+def _damage(key: str, path: Path) -> Iterator[Problem]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))
+        yield Problem(key, path.name, f"files that are in {path.parent}", f"There: {there}")
+    elif path.suffix == ".safetensors":
+        try:
+            read_safetensors_header(path)
+        except ConfigError as error:
+            yield Problem(key, path.name, "a whole safetensors file", "; ".join(str(p.got) for p in error.problems))
 
 
 def _vocabulary_problems(cfg: DictConfig) -> Iterator[Problem]:
-    student, teacher = (token_ids(Path(cfg[key].checkpoint_dir)) for key in ("checkpointer", "teacher_checkpointer"))
-    if not student or not teacher:
+    try:
+        student, teacher = (
+            token_ids(Path(cfg[key].checkpoint_dir)) if cfg[key] is not None and "checkpoint_dir" in cfg[key] else None
+            for key in CHECKPOINTERS.values()
+        )
+        path = Path(str(cfg.tokenizer.get("path", "")))
+        tokenizer = token_ids(path if path.is_dir() else path.parent) if path.name else None
+    except ConfigError as error:
+        yield from error.problems
         return
-    wanted = "the same token-to-id map for student and teacher"
-    remedy = "Distillation compares probabilities id by id: choose a teacher of the same family"
-    for token, index in sorted(student.items(), key=lambda item: item[1]):
-        if teacher.get(token) != index:
+    for token, index in sorted((student or {}).items(), key=lambda item: item[1]):
+        if tokenizer is not None and tokenizer.get(token, index) != index:
+            difference = f"{token!r} is {tokenizer[token]} for the tokenizer and {index} for the student"
+            yield Problem("tokenizer.path", difference, "the tokenizer of the student", "Use the student's own")
+            tokenizer = None
+        if teacher is not None and teacher.get(token) != index:
             difference = f"{token!r} is {index} for the student and {teacher.get(token)} for the teacher"
+            wanted = "the same token-to-id map for student and teacher"
+            remedy = "Distillation compares probabilities id by id: choose a teacher of the same family"
             yield Problem("teacher_checkpointer.checkpoint_dir", difference, wanted, remedy)
-            return
+            teacher = None
+
+
+def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
+    results = RunDirectory(Path(cfg.output_dir)).results  # those of a run that goes on are written over
+    present = sum(file.stat().st_size for result in results for file in result.rglob("*") if file.is_file())
+    num_bytes = max(0, _bytes_to_write(cfg) - present)
+    return _caught(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
 
 
 def _bytes_to_write(cfg: DictConfig) -> int:
-    """One export, two with held-out evaluation, and the checkpoints kept, one more while it is written."""
-    specs: list[TensorSpec] = []
-    total = 0
-    for path in checkpoint_files(cfg.checkpointer):
-        total += path.stat().st_size
-        if path.suffix == ".safetensors":
-            specs += read_safetensors_header(path).values()
-    exports = total * (2 if cfg.eval_dataset is not None else 1)
-    is_adapted = "lora_rank" in cfg.model
-    num_parameters = sum(_num_elements(spec.shape) for spec in specs)
-    return exports + (0 if is_adapted else num_parameters * _ADAM_BYTES * (cfg.keep_last_n_checkpoints + 1))
+    """What a run needs at least: one export, two with held-out evaluation; the checkpoints kept, and one more, since
+    an old one goes when the new one is whole."""
+    if "checkpoint_dir" not in cfg.checkpointer:
+        return 0
+    sizes = [path.stat().st_size for path in checkpoint_files(cfg.checkpointer)]
+    exports = 0 if cfg.save_adapter_weights_only else sum(sizes) * (1 if cfg.eval_dataset is None else 2)
+    if "lora_rank" in cfg.model:
+        return exports
+    num_parameters = sum(math.prod(spec.shape) for spec in _specs(cfg.checkpointer).values())
+    num_checkpoints = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
+    return exports + num_parameters * _checkpoint_bytes(cfg) * num_checkpoints
 
 
-def _num_elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def _num_saves(cfg: DictConfig) -> int:
+    if cfg.save_every_n_steps is None:
+        return int(cfg.epochs) - 1
+    return int(cfg.max_steps) // int(cfg.save_every_n_steps) if cfg.max_steps is not None else 1
 
 
-def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int) -> None:
-    """Compare a tokenizer with the student that is to use it.
+def _checkpoint_bytes(cfg: DictConfig) -> int:
+    """Of a parameter in a checkpoint: the weight, its float32 copy, and Adam's two moments."""
+    is_bf16 = cfg.dtype == "bf16"
+    weights = 2 + 4 * cfg.master_weights if is_bf16 else 4
+    is_adam = str(cfg.optimizer._component_).rpartition(".")[2] in ("Adam", "AdamW")
+    moment = 2 if is_bf16 and not cfg.master_weights else 4
+    return weights + 2 * moment * is_adam
+
+
+def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int, *, model: str = "model") -> None:
+    """Compare a tokenizer with a model that is to use it.
 
     Args:
         tokenizer: of torchtune's protocol.
-        num_rows: of the student's embedding and head.
-        max_seq_len: that the student's positions reach to.
+        num_rows: of the model's embedding and head.
+        max_seq_len: that the model's positions reach to.
+        model: the key of the model, for the message.
 
     Raises:
         ConfigError: it has ids that the model has no row for, or lets through sequences that are too long.
@@ -177,11 +308,10 @@ def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int) -> None:
     special = getattr(tokenizer, "special_tokens", None) or {}
     highest_id = max([int(getattr(tokenizer, "vocab_size", 0)) - 1, *special.values()])
     if highest_id >= num_rows:
-        problems.append(
-            Problem("tokenizer", f"ids up to {highest_id}", f"ids below {num_rows}, the rows of the student's head")
-        )
+        wanted = f"ids below {num_rows}, the rows of `{model}`"
+        problems.append(Problem("tokenizer", f"ids up to {highest_id}", wanted, "Use the model's own tokenizer"))
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > max_seq_len:
-        wanted = f"at most {max_seq_len}, the model's own max_seq_len"
+        wanted = f"at most {max_seq_len}, the max_seq_len of `{model}`"
         problems.append(Problem("tokenizer.max_seq_len", tokenizer.max_seq_len, wanted))
     if problems:
         raise ConfigError(*problems)

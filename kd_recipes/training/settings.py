@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from kd_recipes.config import Key
+from kd_recipes.training.precision import DTYPES
 
 
 def _positive(value: float) -> bool:
-    return value > 0
+    return 0 < value < math.inf
+
+
+def _is_norm(value: object) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) > 0  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_seed(value: int) -> bool:
+    return 0 <= value < 2**32
 
 
 def _is_dtype(value: str) -> bool:
@@ -16,6 +30,8 @@ def _is_dtype(value: str) -> bool:
 def _is_best_metric(value: str) -> bool:
     return value in ("objective", "perplexity", "kl")
 
+
+_DETERMINISTIC_MODES = ("default", "warn", "error", 0, 1, 2)
 
 KEYS = (
     Key("recipe", "str", wanted="`distill`"),
@@ -33,7 +49,7 @@ KEYS = (
     Key("eval_dataset", "components", args=1, wanted="held-out data, in the form of dataset"),
     Key("batch_size", "int", required=True, wanted="sequences in a micro-batch, above 0", check=_positive),
     Key("shuffle", "bool", default=True),
-    Key("seed", "int", wanted="a whole number; drawn at random if null"),
+    Key("seed", "int", wanted="a whole number from 0; drawn at random if null", check=_is_seed),
     # objective
     Key("kd_ratio", "float", default=0.5, wanted="a number in [0, 1]", check=lambda value: 0 <= value <= 1),
     Key("temperature", "float", default=1.0, wanted="a number above 0", check=_positive),
@@ -44,7 +60,7 @@ KEYS = (
     Key("optimizer", "component", required=True, args=1),
     Key("lr_scheduler", "component", args=1, kwargs=("num_training_steps", "last_epoch")),
     Key("gradient_accumulation_steps", "int", default=1, wanted="a whole number above 0", check=_positive),
-    Key("clip_grad_norm", "any", wanted="the largest norm of a step's gradient, above 0", check=lambda v: float(v) > 0),
+    Key("clip_grad_norm", "any", wanted="a number above 0, the largest norm of a step's gradient", check=_is_norm),
     Key("master_weights", "bool", default=True, wanted="whether the optimizer keeps float32 copies of bf16 weights"),
     # run
     Key("epochs", "int", default=1, wanted="a whole number above 0", check=_positive),
@@ -53,13 +69,14 @@ KEYS = (
     Key("resume_from_checkpoint", "bool", default=False),
     Key("save_every_n_steps", "int", wanted="a whole number above 0; after each epoch by default", check=_positive),
     Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=_positive),
+    Key("export_dtype", "choice", wanted="bf16 or fp32; the checkpoint's own by default", check=lambda v: v in DTYPES),
     Key("save_adapter_weights_only", "bool", default=False),
     Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
     Key("dtype", "choice", default="bf16", wanted="auto, bf16 or fp32", check=_is_dtype),
     Key("compile", "bool", default=False),
     Key("enable_activation_checkpointing", "bool", default=False),
     Key("enable_activation_offloading", "bool", default=False),
-    Key("cudnn_deterministic_mode", "str"),
+    Key("cudnn_deterministic_mode", "any", wanted="default, warn or error", check=lambda v: v in _DETERMINISTIC_MODES),
     # monitoring
     Key("metric_logger", "component", required=True),
     Key("log_every_n_steps", "int", default=1, wanted="a whole number above 0", check=_positive),

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from kd_recipes.errors import RunError
 from kd_recipes.training.precision import MasterWeights
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient is not a number; raised before the update, so the weights are still good."""
 
 

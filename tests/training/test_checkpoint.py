@@ -1,0 +1,77 @@
+"""What a checkpoint gives back, and what stays the config's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torchtune.training import get_cosine_schedule_with_warmup
+
+from kd_recipes.training.checkpoint import load_optimizer
+
+
+def schedule(optimizer: Optimizer) -> Any:
+    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=20)
+
+
+def steps(optimizer: Optimizer, scheduler: Any, count: int) -> list[float]:
+    """The learning rates of some steps."""
+    rates = []
+    for _ in range(count):
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.full_like(weight, 0.5)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    return rates
+
+
+def begin(build: Callable[..., Optimizer], scheduled: bool, **settings: Any) -> tuple[Optimizer, Any]:
+    optimizer = build([nn.Parameter(torch.ones(2, 3))], **settings)
+    return optimizer, schedule(optimizer) if scheduled else None
+
+
+def saved(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    return {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict() if scheduler else None}
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_same_settings_go_on_as_if_nothing_had_happened(scheduled: bool) -> None:
+    first = begin(AdamW, scheduled, lr=0.1)
+    steps(*first, 5)
+    second = begin(AdamW, scheduled, lr=0.1)
+    load_optimizer(*second, saved(*first))
+    assert steps(*second, 5) == steps(*first, 5)
+    old, new = (part[0].state_dict()["state"][0] for part in (first, second))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_another_rate_counts_from_where_the_schedule_stands(scheduled: bool) -> None:
+    first = begin(AdamW, scheduled, lr=0.1, weight_decay=0.1)
+    steps(*first, 5)
+    second = begin(AdamW, scheduled, lr=0.01, weight_decay=0.0)
+    load_optimizer(*second, saved(*first))
+    assert second[0].param_groups[0]["weight_decay"] == 0.0
+    assert steps(*second, 5) == pytest.approx([rate / 10 for rate in steps(*first, 5)])
+
+
+def test_a_schedule_that_is_left_out_leaves_the_rate_of_the_config() -> None:
+    first = begin(AdamW, True, lr=0.1)
+    steps(*first, 2)
+    second = begin(AdamW, False, lr=0.1)
+    load_optimizer(*second, saved(*first))
+    assert steps(*second, 3) == [0.1] * 3
+
+
+@pytest.mark.parametrize(("before", "after", "missing"), [(AdamW, SGD, "dampening, momentum"), (SGD, Adam, "betas")])
+def test_another_kind_of_optimizer_is_refused(before: Any, after: Any, missing: str) -> None:
+    first = begin(before, False, lr=0.1)
+    steps(*first, 2)
+    with pytest.raises(ValueError, match="the optimizer that was saved has no .*" + missing.split(", ")[0]):
+        load_optimizer(*begin(after, False, lr=0.1), saved(*first))
