@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on more threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
 
+from families import Family, save_families
+
 from toy import Toys, save_config, save_toys, toy_config
 
 
@@ -32,3 +34,9 @@ def write_config(toys: Toys) -> Callable[..., Path]:
         return save_config(toy_config(toys, tmp_path), tmp_path / "config.yaml", **overrides)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    """Toy pairs of the families of the shipped configs, ``qwen`` and ``llama3_2``."""
+    return save_families(tmp_path_factory.mktemp("families"))

@@ -294,3 +294,13 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
             values = {name: float(value) for name, _, value in pairs if name}
             steps.setdefault(int(head.removeprefix("Step ")), {}).update(values)
     return steps
+
+
+def tensorboard_scalars(run: Path) -> dict[str, dict[int, float]]:
+    """What a TensorBoardLogger wrote: tag -> step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((run / "logs").rglob("events.out.tfevents.*")).parent)).Reload()
+    # torchtune writes scalars as tensors of one element, which TensorBoard shows as the scalars that they are
+    values = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    return {tag: {event.step: event.tensor_proto.float_val[0] for event in of} for tag, of in values.items()}

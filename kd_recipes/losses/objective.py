@@ -23,9 +23,10 @@ from kd_recipes.signals import DenseSignal
 
 # Logits of a chunk of tokens, whose gradient takes their place: large enough to keep the matrix units busy.
 _CHUNK_ELEMENTS = 1 << 26
-# The float32 arithmetic on them goes block by block: a block's buffers stay in cache, and below the size from which
-# a C library maps and zeroes fresh pages for every allocation.
-_BLOCK_ELEMENTS = 1 << 20
+# The float32 arithmetic on them goes block by block. On a CPU a block's buffers stay in cache, and below the size from
+# which a C library maps fresh pages for every allocation; elsewhere a block is what keeps a device busy.
+_BLOCK_ELEMENTS_CPU = 1 << 20
+_BLOCK_ELEMENTS = 1 << 24
 
 
 class OutputHead(Protocol):
@@ -119,7 +120,8 @@ class Objective:
             Sums over the tokens ``[5]``, in the order of :meth:`rows`, in float64.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=logits_nV.device)
-        num_rows = max(1, _BLOCK_ELEMENTS // logits_nV.shape[1]) if logits_nV.device.type == "cpu" else len(labels_n)
+        num_elements = _BLOCK_ELEMENTS_CPU if logits_nV.device.type == "cpu" else _BLOCK_ELEMENTS
+        num_rows = max(1, num_elements // logits_nV.shape[1])
         for start in range(0, len(labels_n), num_rows):
             block = slice(start, start + num_rows)
             teacher = teacher_nV[block] if teacher_nV is not None else None

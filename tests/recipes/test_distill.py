@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.entry import EXIT_BAD_INPUT, run_recipe
-from toy import Toys, distill, logged, lora_section, prepare, run_tune, sentence, write_jsonl
+from toy import Toys, distill, logged, lora_section, prepare, run_tune, sentence, tensorboard_scalars, write_jsonl
 
 WriteConfig = Callable[..., Path]
 
@@ -275,16 +275,7 @@ def _oracle(student: Path, teacher: Path, file: Path) -> dict[str, float]:
     return {**means, "perplexity": math.exp(means["cross_entropy"])}
 
 
-def _tensorboard(run: Path) -> dict[str, dict[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next((run / "logs").rglob("events.out.tfevents.*")).parent)).Reload()
-    # torchtune writes scalars as tensors of one element, which TensorBoard shows as the scalars that they are
-    values = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
-    return {tag: {event.step: event.tensor_proto.float_val[0] for event in of} for tag, of in values.items()}
-
-
-def test_held_out_values_are_those_of_an_oracle_and_reach_tensorboard(
+def test_held_out_values_are_those_of_an_oracle_and_reachtensorboard_scalars(
     toys: Toys, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     # the teacher is the student before training, so that they agree on some tokens at the end and not on others
@@ -294,7 +285,7 @@ def test_held_out_values_are_those_of_an_oracle_and_reach_tensorboard(
     overrides |= {"metric_logger": logger, "temperature": 2.0, "max_steps": 3, "batch_size": 4}
     distill(write_config(tmp_path, eval_dataset=_held_out(toys, file), eval_every_n_steps=2, **overrides))
     run = tmp_path / "run"
-    scalars = _tensorboard(run)
+    scalars = tensorboard_scalars(run)
     assert set(scalars["held_out/perplexity"]) == {0, 2, 3}
     assert set(scalars["loss/total"]) == {1, 2, 3}
     expected = {0: _oracle(toys.student, teacher, file), 3: _oracle(run / "final", teacher, file)}
