@@ -4,7 +4,7 @@
 
     distilled    kd_recipes.distill, as the quickstart ran it
     labels_only  the same with kd_ratio=0
-    torchtune    torchtune's own recipe, which trains adapters only (rank 64, on every linear layer), with its losses
+    torchtune    torchtune's own recipe with its own losses, at the same settings
 """
 
 from __future__ import annotations
@@ -18,15 +18,6 @@ from kd_recipes.config import find_config
 ROOT = Path("runs/bench")
 STEPS = "30"
 TUNE = str(Path(sys.executable).with_name("tune"))
-LORA = [
-    "model=kd_recipes.models.lora_llama",
-    "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
-    "model.apply_lora_to_mlp=True",
-    "model.lora_rank=64",
-    "model.lora_alpha=128",
-    "optimizer.lr=2e-3",
-    "kd_ratio=0.5",
-]
 # torchtune's recipe knows neither our keys nor `auto`, and needs all of its own
 TORCHTUNE = [
     *("~recipe", "~temperature", "~max_steps", "~eval_every_n_steps", "~max_eval_batches", "~save_every_n_steps"),
@@ -37,7 +28,7 @@ TORCHTUNE = [
 ]
 ARMS = {
     "labels_only": ("kd_recipes/distill", ["kd_ratio=0"], "final"),
-    "torchtune": ("knowledge_distillation_single_device", [*LORA, *TORCHTUNE], "epoch_0"),
+    "torchtune": ("knowledge_distillation_single_device", TORCHTUNE, "epoch_0"),
 }
 
 
