@@ -36,7 +36,7 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: quickstart  ## train the quickstart's student without our recipe, too, and compare (some 25 minutes)
+bench: quickstart  ## train the quickstart's student without our recipe, too, and compare (some 20 minutes)
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay

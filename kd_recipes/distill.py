@@ -30,8 +30,8 @@ from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.checkpoint import RunDirectory, load_optimizer, random_state, set_random_state
 from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader
 from kd_recipes.training.parallel import Parallel
-from kd_recipes.training.precision import DTYPES, MasterWeights, resolve_dtype
-from kd_recipes.training.preflight import check_models, preflight
+from kd_recipes.training.precision import DTYPES, MasterWeights, dtype_name, resolve_dtype
+from kd_recipes.training.preflight import asks_teacher, check_models, preflight
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import apply_update, grad_norm, require_finite
 
@@ -53,8 +53,11 @@ class DistillRecipe(FTRecipeInterface):
         preflight(cfg)
         self._cfg = cfg
         self._device = torch.device(cfg.device)
-        self._dtype = resolve_dtype(cfg.dtype, self._device)
         self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
+        if cfg.dtype == "auto" and cfg.resume_from_checkpoint:  # what was measured once holds for the whole run
+            cfg.dtype = self._run.recorded_dtype or "auto"
+        self._dtype = resolve_dtype(cfg.dtype, self._device)
+        cfg.dtype = dtype_name(self._dtype)
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.step = 0
         self._best = math.inf
@@ -63,7 +66,7 @@ class DistillRecipe(FTRecipeInterface):
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
         self._tokenizer = build("tokenizer", cfg.tokenizer)
-        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if self._asks_teacher else [])])
+        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if asks_teacher(cfg) else [])])
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._objective = choose_objective(
@@ -91,10 +94,6 @@ class DistillRecipe(FTRecipeInterface):
         self._logger.log_config(cfg)
 
     @property
-    def _asks_teacher(self) -> bool:
-        return self._cfg.teacher_model is not None and (self._cfg.kd_ratio > 0 or self._cfg.eval_dataset is not None)
-
-    @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return min(int(self._cfg.epochs) * self._steps_per_epoch, int(self._cfg.max_steps or sys.maxsize))
@@ -119,7 +118,7 @@ class DistillRecipe(FTRecipeInterface):
             packed=packed,
             batch_size=self._cfg.batch_size,
             shuffle=shuffle,
-            seed=self._cfg.seed or 0,
+            seed=self._seed,
             padding_idx=self._tokenizer.pad_id,
             parallel=self._parallel,
         )
@@ -139,7 +138,7 @@ class DistillRecipe(FTRecipeInterface):
 
     def _setup_teacher(self) -> OnlineTeacher | None:
         cfg = self._cfg
-        if not self._asks_teacher:
+        if not asks_teacher(cfg):
             return None
         device = torch.device(cfg.teacher_device or cfg.device)
         dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
@@ -179,7 +178,7 @@ class DistillRecipe(FTRecipeInterface):
             if self._is_due(self._cfg.eval_every_n_steps):
                 self.evaluate()
             ends_epoch = self.step % self._steps_per_epoch == 0
-            if self._is_due(self._cfg.save_every_n_steps) or (ends_epoch and self.step < self.num_steps):
+            if self._is_due(self._cfg.save_every_n_steps) or ends_epoch or self.step == self.num_steps:
                 self.save_checkpoint()
             if ends_epoch or self.step == self.num_steps:
                 return
@@ -261,6 +260,7 @@ class DistillRecipe(FTRecipeInterface):
             wanted = "a checkpoint of the same model, optimizer and data"
             raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error
         self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
+        self._loader.sampler.seed = self._seed  # of a run with `seed: null`
         set_random_state(state["random"])
 
     def _export(self, name: str) -> None:

@@ -31,8 +31,8 @@ from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.data import batches, build_dataset, build_loader
 from kd_recipes.training.parallel import Parallel
-from kd_recipes.training.precision import resolve_dtype
-from kd_recipes.training.preflight import check_tokenizer
+from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
+from kd_recipes.training.preflight import check_tokenizer, token_ids
 
 
 def _positive(value: int) -> bool:
@@ -85,6 +85,8 @@ def main(cfg: DictConfig) -> None:
     reference = cfg.reference or next(iter(configs))
     if reference not in configs:
         raise ConfigError(Problem("reference", reference, f"one of {', '.join(configs)}"))
+    _require_one_vocabulary({name: Path(path) for name, path in cfg.models.items()}, reference)
+    cfg.dtype = dtype_name(resolve_dtype(cfg.dtype, device))  # one for all models
     tokenizer = build("tokenizer", cfg.tokenizer)
     text = _text(cfg, tokenizer, device)
     rows: dict[str, Row] = {}
@@ -97,6 +99,17 @@ def main(cfg: DictConfig) -> None:
     table = report(ordered, reference, cfg.prompt)
     print(f"\n{table}")
     _write(Path(cfg.output_dir), ordered, reference, table)
+
+
+def _require_one_vocabulary(directories: dict[str, Path], reference: str) -> None:
+    expected = token_ids(directories[reference])
+    for name, directory in directories.items():
+        found = token_ids(directory)
+        if expected is not None and found is not None and found != expected:
+            token, _ = min(set(found.items()) ^ set(expected.items()), key=lambda item: item[1])
+            got = f"{token!r} is {found.get(token)}, and {expected.get(token)} in {reference}"
+            wanted = "the token-to-id map of the reference"
+            raise ConfigError(Problem(f"models.{name}", got, wanted, "Compare models of one vocabulary"))
 
 
 def _text(cfg: DictConfig, tokenizer: Any, device: torch.device) -> list[Batch]:
@@ -125,9 +138,13 @@ def _measure(
     """One model's row; without a teacher the model is the reference, and its signals are left in ``signals``."""
     device = torch.device(cfg.device)
     sections = _sections(cfg.models[name], config)
-    dtype = resolve_dtype(cfg.dtype, device)
+    dtype = DTYPES[cfg.dtype]
     decoder = load_model(f"models.{name}", sections.model, sections.checkpointer, dtype=dtype, device=device).model
     check_tokenizer(tokenizer, decoder.tok_embeddings.num_embeddings, decoder.max_seq_len)
+    longest = max(batch.tokens_BS.shape[1] for batch in text)
+    if longest > decoder.max_seq_len:
+        wanted = f"at most {decoder.max_seq_len}, the max_seq_len of models.{name}"
+        raise ConfigError(Problem("dataset", f"a sequence of {longest} tokens", wanted, "Set tokenizer.max_seq_len"))
     continuation = _continue(decoder, tokenizer, cfg.prompt, cfg.max_new_tokens)
     model = OnlineTeacher(decoder)
     progress = tqdm(text, desc=name, unit="batch")
@@ -169,7 +186,7 @@ def _read_config(name: str, directory: Path) -> dict[str, Any]:
         model_section(config)  # an architecture that torchtune cannot build is an error before anything is loaded
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         wanted = "a Hugging Face checkpoint directory"
         raise ConfigError(Problem(f"models.{name}", str(directory), wanted, str(error))) from error
     return dict(config)

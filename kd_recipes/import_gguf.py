@@ -1,7 +1,4 @@
-"""Recipe: turn a GGUF file into a checkpoint directory that torchtune, transformers and the other recipes load.
-
-tune run kd_recipes/import_gguf --config configs/import_gguf.yaml gguf_file=MODEL.gguf output_dir=MODEL
-"""
+"""Turn a GGUF file into a checkpoint directory that torchtune, transformers and the other recipes load."""
 
 from __future__ import annotations
 

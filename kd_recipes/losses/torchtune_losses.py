@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.errors import ConfigError, Problem
@@ -99,7 +100,10 @@ def choose_objective(
     is_torchtune = isinstance(kd_loss, nn.Module)
     names = "student logits, teacher logits, labels" if is_torchtune else "distributions"
     _require_signature("kd_loss", kd_loss, names)
-    if not isinstance(kd_loss, nn.Module):  # ours, whose cross entropy is what torchtune's chunked class computes too
+    if not isinstance(kd_loss, nn.Module):
+        if loss is not None and not isinstance(loss, CEWithChunkedOutputLoss):  # which is the cross entropy of ours
+            wanted = "no loss beside a divergence of ours, which brings its own cross entropy"
+            raise ConfigError(Problem("loss", type(loss).__name__, wanted, "Leave it out, or set torchtune's kd_loss"))
         return Objective(divergence=kd_loss or ForwardKL(), **settings)
     loss = loss if loss is not None else nn.CrossEntropyLoss(ignore_index=IGNORE_INDEX)
     chunks = {part.num_output_chunks for part in (loss, kd_loss) if hasattr(part, "num_output_chunks")}

@@ -58,18 +58,31 @@ class RunDirectory:
             OmegaConf.save(cfg, new)
             os.replace(new, self.path / _CONFIG)  # a full disk must not empty the one of the run that goes on
 
+    @property
+    def recorded_dtype(self) -> str | None:
+        """The ``dtype`` that the run computes in, as :meth:`open` recorded it."""
+        file = self.path / _CONFIG
+        cfg = OmegaConf.load(file) if file.is_file() else None
+        return cfg.get("dtype") if isinstance(cfg, DictConfig) else None
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
 
     def save(self, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint; only when it is whole are older ones deleted."""
-        with atomic_directory(self.path / "checkpoints" / f"step_{step:08d}") as directory:
+        """Write a checkpoint; only when it is whole are others deleted: older ones, and those of later steps.
+
+        A run that went back to an earlier step takes another way from there, and later steps are not of it.
+        """
+        new = self.path / "checkpoints" / f"step_{step:08d}"
+        with atomic_directory(new) as directory:
             save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, directory / _WEIGHTS)
             with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
                 torch.save(state, file)
-        for old in self.checkpoints()[: -self._keep_last_n]:
-            shutil.rmtree(old)
+        found = self.checkpoints()
+        own = found[: found.index(new) + 1]
+        for other in [*found[len(own) :], *own[: -self._keep_last_n]]:
+            shutil.rmtree(other)
 
     def find(self, name: str | None = None) -> Path:
         """The newest checkpoint, or the one named (a path, absolute or from this directory).

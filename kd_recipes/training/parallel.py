@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from kd_recipes.errors import ConfigError, Problem
-
 
 @dataclass(frozen=True)
 class Parallel:
@@ -25,23 +23,8 @@ class Parallel:
 
     @classmethod
     def from_environment(cls) -> Parallel:
-        """What torchrun says, or one process.
-
-        Raises:
-            ConfigError: more than one process: sharding over devices is not built yet.
-        """
-        parallel = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if parallel.world_size > 1:
-            wanted = "1: sharding a distillation over several processes comes with a later release"
-            raise ConfigError(
-                Problem("--nproc_per_node", parallel.world_size, wanted, "Leave the torchrun options out")
-            )
-        return parallel
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and draws progress."""
-        return self.rank == 0
+        """What torchrun says, or one process."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     def sum(self, number: int) -> int:
         """The number, added up over all processes."""

@@ -35,7 +35,7 @@ def preflight(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = [*_device_problems(cfg), *_teacher_problems(cfg), *_output_problems(cfg)]
+    problems = [*_device_problems(cfg), *_teacher_problems(cfg), *_effect_problems(cfg), *_output_problems(cfg)]
     missing = [problem for key in _checkpointers(cfg) for problem in _file_problems(key, cfg[key])]
     problems += missing or [*_vocabulary_problems(cfg), *_space_problems(cfg)]
     if problems:
@@ -137,8 +137,14 @@ def _vocab_json(file: Path) -> dict[str, int]:
     return vocabulary
 
 
+def asks_teacher(cfg: DictConfig) -> bool:
+    """Whether the run has a use for its teacher: in the objective, or to be compared with on held-out data."""
+    return cfg.teacher_model is not None and (cfg.kd_ratio > 0 or cfg.eval_dataset is not None)
+
+
 def _checkpointers(cfg: DictConfig) -> list[str]:
-    return [key for key in CHECKPOINTERS.values() if cfg[key] is not None]
+    keys = CHECKPOINTERS.values() if asks_teacher(cfg) else ["checkpointer"]
+    return [key for key in keys if cfg[key] is not None]
 
 
 def _caught(check: Callable[[], object]) -> tuple[Problem, ...]:
@@ -163,6 +169,17 @@ def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
             yield Problem(
                 part, None, f"a teacher, since kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"
             )
+
+
+def _effect_problems(cfg: DictConfig) -> Iterator[Problem]:
+    """Settings that what stands beside them rules out."""
+    if cfg.save_adapter_weights_only and "lora_rank" not in cfg.model:
+        wanted = "False: this student has no adapter, all of it is trained"
+        yield Problem("save_adapter_weights_only", True, wanted, "Or name a lora_ builder in `model`")
+    if cfg.enable_activation_offloading and not str(cfg.device).startswith("cuda"):
+        yield Problem(
+            "enable_activation_offloading", True, f"False on {cfg.device}: activations are in its memory as it is"
+        )
 
 
 def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -235,7 +252,9 @@ def _damage(key: str, path: Path) -> Iterator[Problem]:
 def _vocabulary_problems(cfg: DictConfig) -> Iterator[Problem]:
     try:
         student, teacher = (
-            token_ids(Path(cfg[key].checkpoint_dir)) if cfg[key] is not None and "checkpoint_dir" in cfg[key] else None
+            token_ids(Path(cfg[key].checkpoint_dir))
+            if key in _checkpointers(cfg) and "checkpoint_dir" in cfg[key]
+            else None
             for key in CHECKPOINTERS.values()
         )
         path = Path(str(cfg.tokenizer.get("path", "")))
@@ -278,9 +297,9 @@ def _bytes_to_write(cfg: DictConfig) -> int:
 
 
 def _num_saves(cfg: DictConfig) -> int:
-    if cfg.save_every_n_steps is None:
-        return int(cfg.epochs) - 1
-    return int(cfg.max_steps) // int(cfg.save_every_n_steps) if cfg.max_steps is not None else 1
+    if cfg.save_every_n_steps is None or cfg.max_steps is None:
+        return int(cfg.epochs)
+    return max(1, int(cfg.max_steps) // int(cfg.save_every_n_steps))
 
 
 def _checkpoint_bytes(cfg: DictConfig) -> int:

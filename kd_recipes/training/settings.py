@@ -67,7 +67,12 @@ KEYS = (
     Key("max_steps_per_epoch", "int", wanted="a whole number above 0", check=_positive),
     Key("max_steps", "int", wanted="a whole number above 0", check=_positive),
     Key("resume_from_checkpoint", "bool", default=False),
-    Key("save_every_n_steps", "int", wanted="a whole number above 0; after each epoch by default", check=_positive),
+    Key(
+        "save_every_n_steps",
+        "int",
+        wanted="a whole number above 0; after each epoch and at the end in any case",
+        check=_positive,
+    ),
     Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=_positive),
     Key("export_dtype", "choice", wanted="bf16 or fp32; the checkpoint's own by default", check=lambda v: v in DTYPES),
     Key("save_adapter_weights_only", "bool", default=False),
