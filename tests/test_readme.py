@@ -20,6 +20,7 @@ LINES = re.findall(r"^\$ (.+?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), f
 def test_is_short_and_has_commands() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     assert LINES
+    assert not re.search(r"@[A-Z]+@", (ROOT / "README.md").read_text())
 
 
 def test_make_targets_exist() -> None:

@@ -89,6 +89,7 @@ def test_resuming_where_there_is_no_run(rejected: Rejected) -> None:
 
 def test_resuming_a_run_without_a_checkpoint(write_config: WriteConfig, tmp_path: Path, rejected: Rejected) -> None:
     distill(write_config(tmp_path), "max_steps=1")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     message = rejected("resume_from_checkpoint=True")
     assert "resume_from_checkpoint: got True, wanted a checkpoint in" in message
     assert f"delete {tmp_path / 'run'}" in message

@@ -47,7 +47,7 @@ def test_two_processes_are_told_that_sharding_comes_later(write_config: WriteCon
     result = run_tune("run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", config, cwd=tmp_path)
     assert result.returncode != 0
     assert "kd_recipes.distill cannot run:" in result.stderr
-    assert "sharding a distillation over several processes comes with a later release" in result.stderr
+    assert "sharding over several processes comes with a later release" in result.stderr
     assert "kd_recipes/" not in result.stderr  # no frame of ours in a traceback; torchrun's own summary is torchrun's
     assert not (tmp_path / "run").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from kd_recipes.entry import run_recipe
-from toy import Toys, run_tune, text_section
+from toy import Toys, run_tune, sentence, text_section, write_jsonl
 
 
 @pytest.fixture
@@ -81,3 +82,26 @@ def test_bad_input(
     assert run_recipe("evaluate", ["--config", str(config), override]) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_models_of_different_vocabularies_are_not_compared(
+    config: Path, toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(toys.student, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.__getitem__)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert run_recipe("evaluate", ["--config", str(config), f"models.other={other}"]) == 2
+    error = capfd.readouterr().err
+    assert "models.other" in error
+    assert "wanted the token-to-id map of the reference" in error
+
+
+def test_text_that_a_model_cannot_reach_is_refused(
+    config: Path, toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": sentence(0, 2000)}])
+    assert run_recipe("evaluate", ["--config", str(config), f"dataset.data_files={long}"]) == 2
+    assert "Set tokenizer.max_seq_len" in capfd.readouterr().err

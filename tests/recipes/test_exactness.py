@@ -217,3 +217,9 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(
     resumed.train()
     resumed.cleanup()
     _assert_equal(_state(resumed), _state(unbroken))
+
+
+def test_a_run_that_has_ended_goes_on_for_another_epoch(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    first = distill(write_config(tmp_path, max_steps=None), "epochs=1")
+    more = distill(write_config(tmp_path, max_steps=None), "epochs=2", "resume_from_checkpoint=True")
+    assert more.step == 2 * first.step

@@ -37,18 +37,17 @@ def needed(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_room_for_exports_and_checkpoints(needed: Callable[..., int], toys: Toys) -> None:
     file = toys.student / "model.safetensors"
     size, elements = file.stat().st_size, sum(s.num_bytes // 4 for s in storage.read_safetensors_header(file).values())
-    assert needed() == size  # final; one epoch saves no checkpoint
-    assert needed("save_adapter_weights_only=True") == 0
-    assert needed(eval_dataset={"_component_": "torchtune.datasets.text_completion_dataset", "source": "json"}) == (
-        2 * size  # and best
-    )
     adam_fp32 = 4 + 8
+    assert needed() == size + elements * adam_fp32  # final, and the checkpoint at the end
+    assert needed("save_adapter_weights_only=True", model=lora_section(toys.student)) == 0
+    held_out = {"_component_": "torchtune.datasets.text_completion_dataset", "source": "json"}
+    assert needed(eval_dataset=held_out) == 2 * size + elements * adam_fp32  # and best
     assert needed("save_every_n_steps=1", "max_steps=1") == size + elements * adam_fp32
     assert needed("save_every_n_steps=1", "max_steps=9") == size + elements * adam_fp32 * 3  # two kept, one written
-    assert needed("epochs=2") == size + elements * adam_fp32
-    assert needed("epochs=2", "dtype=bf16") == size + elements * (2 + 4 + 8)
-    assert needed("epochs=2", "dtype=bf16", "master_weights=False") == size + elements * (2 + 4)
-    assert needed("epochs=2", "optimizer=torch.optim.SGD") == size + elements * 4
+    assert needed("epochs=2") == size + elements * adam_fp32 * 2
+    assert needed("dtype=bf16") == size + elements * (2 + 4 + 8)
+    assert needed("dtype=bf16", "master_weights=False") == size + elements * (2 + 4)
+    assert needed("optimizer=torch.optim.SGD") == size + elements * 4
     assert needed("epochs=2", model=lora_section(toys.student)) == size
 
 
