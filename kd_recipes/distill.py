@@ -90,8 +90,9 @@ class DistillRecipe(FTRecipeInterface):
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
         self._profiler = build_profiler(cfg.profiler)
         self._logger = build("metric_logger", cfg.metric_logger)
-        self._run.open(cfg)
-        self._logger.log_config(cfg)
+        if self._parallel.is_main:
+            self._run.open(cfg)
+            self._logger.log_config(cfg)
 
     @property
     def num_steps(self) -> int:
@@ -127,7 +128,7 @@ class DistillRecipe(FTRecipeInterface):
         cfg = self._cfg
         loaded = load_model("model", cfg.model, cfg.checkpointer, dtype=self._dtype, device=self._device)
         return Student(
-            loaded.model,
+            self._parallel.shard(loaded.model),
             cfg.model,
             loaded.checkpointer,
             export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
@@ -145,14 +146,15 @@ class DistillRecipe(FTRecipeInterface):
         loaded = load_model("teacher_model", cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
         if cfg.compile:
             _torchtune.compile_blocks(loaded.model)
-        return OnlineTeacher(loaded.model)
+        return OnlineTeacher(self._parallel.shard(loaded.model))
 
     def train(self) -> None:
         """Run to the last step, then write the final student."""
         if self.step == 0:
             self.evaluate()
         self._profiler.start()
-        with tqdm(total=self.num_steps, initial=self.step, desc="distil", unit="step") as progress:
+        is_quiet = not self._parallel.is_main
+        with tqdm(total=self.num_steps, initial=self.step, desc="distil", unit="step", disable=is_quiet) as progress:
             while self.step < self.num_steps:
                 self._loader.sampler.set_epoch(self.step // self._steps_per_epoch)
                 self._train_epoch(progress)
@@ -173,7 +175,7 @@ class DistillRecipe(FTRecipeInterface):
                 self._weights.collect_grads()
                 meter.add(loss)
             self.step += 1
-            self._update(meter.finish(num_tokens), num_tokens, progress)
+            self._update(meter.finish(num_tokens, self._parallel.sum), num_tokens, progress)
             self._profiler.step()
             if self._is_due(self._cfg.eval_every_n_steps):
                 self.evaluate()
@@ -195,7 +197,7 @@ class DistillRecipe(FTRecipeInterface):
         apply_update(self._weights, self._optimizer, self._scheduler, self._cfg.clip_grad_norm)
         if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
-        if self.step % self._cfg.log_every_n_steps == 0:
+        if self._parallel.is_main and self._is_due(self._cfg.log_every_n_steps):
             log(self._logger, "", metrics, self.step)
         progress.update()
         progress.set_postfix(
@@ -220,13 +222,18 @@ class DistillRecipe(FTRecipeInterface):
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,
+                disable=not self._parallel.is_main,
             ),
             self._num_ids,
+            self._parallel.sum,
         )
         self.student.model.train()
         self._history[self.step] = held_out
-        log(self._logger, "held_out/", held_out.metrics(), self.step)
-        tqdm.write(f"step {self.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.metrics().items()))
+        if self._parallel.is_main:
+            log(self._logger, "held_out/", held_out.metrics(), self.step)
+            tqdm.write(
+                f"step {self.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.metrics().items())
+            )
         score = held_out.score(self._cfg.best_metric, self._cfg.kd_ratio)
         if score < self._best:
             self._best = score

@@ -74,10 +74,10 @@ def main() -> int:
         ("import the teacher", root / "teacher", _import_command(gguf, root / "teacher")),
         ("prune it to two thirds of its blocks", root / "pruned", ["compress", "prune_depth"]),
         ("distil", root / "distilled" / "final", _distil_command(root / "distilled")),
-        ("evaluate on text not trained on", root / "evaluation", ["evaluate", "quickstart_evaluate"]),
+        ("evaluate on text not trained on", root / "evaluation" / "evaluation.md", ["evaluate", "quickstart_evaluate"]),
     ]
     for number, (title, result, (recipe, config, *overrides)) in enumerate(steps, start=1):
-        if result.is_dir():
+        if result.exists():
             print(f"[{number}/{len(steps)}] {title}: {result} is there already")
             continue
         print(f"[{number}/{len(steps)}] {title}: tune run kd_recipes/{recipe} --config {config}", flush=True)

@@ -66,6 +66,7 @@ def evaluate_held_out(
     signal: Callable[[Batch], DenseSignal] | None,
     batches: Iterable[Batch],
     num_ids: int,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> HeldOut:
     """Run a model over held-out batches.
 
@@ -75,22 +76,24 @@ def evaluate_held_out(
         signal: batch -> the teacher's signal; None leaves out what needs a teacher.
         batches: the text.
         num_ids: ids that model and teacher share.
+        reduce: adds up a tensor over all processes, each of which has a part of the text.
 
     Raises:
         ConfigError: no token has a label.
     """
     # the mixture itself is of no interest here: kd_ratio only says whether there is a teacher to ask
     objective = Objective(kd_ratio=0.0 if signal is None else 1.0, num_ids=num_ids)
-    sums = torch.zeros(4, dtype=torch.float64)
-    num_tokens = 0
+    sums = torch.zeros(5, dtype=torch.float64)
     for batch in batches:
         loss = objective(model(batch), head, signal(batch) if signal else None, batch)
-        sums += torch.stack((loss.cross_entropy, loss.divergence, loss.num_agreeing, loss.num_correct)).cpu()
-        num_tokens += loss.num_tokens
+        parts = (loss.cross_entropy, loss.divergence, loss.num_agreeing, loss.num_correct)
+        sums += torch.stack((*parts, torch.full_like(loss.divergence, loss.num_tokens))).cpu()
+    sums = reduce(sums)
+    num_tokens = int(sums[4])
     if num_tokens == 0:
         remedy = "Raise max_eval_batches or look at the masking of the held-out data"
         raise ConfigError(Problem("eval_dataset", "0 tokens with a label", "at least one in its batches", remedy))
-    cross_entropy, kl, agreement, accuracy = (sums / num_tokens).tolist()
+    cross_entropy, kl, agreement, accuracy = (sums[:4] / num_tokens).tolist()
     if signal is None:
         kl = agreement = math.nan
     return HeldOut(num_tokens, cross_entropy, kl, agreement, accuracy)

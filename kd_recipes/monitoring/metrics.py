@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kd_recipes.losses import LossSum
 
@@ -27,9 +28,14 @@ class StepMeter:
         parts = (loss.total.detach().double(), loss.cross_entropy, loss.divergence, loss.num_correct, loss.num_agreeing)
         self._sums += torch.stack(parts).cpu()
 
-    def finish(self, num_tokens: int) -> dict[str, float]:
-        """Means over the step's valid tokens, and its speed."""
-        total, cross_entropy, divergence, correct, agreeing = (self._sums / num_tokens).tolist()
+    def finish(self, num_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over the step's valid tokens, and its speed.
+
+        Args:
+            num_tokens: valid tokens of the step, over all processes.
+            reduce: adds up a tensor over all processes.
+        """
+        total, cross_entropy, divergence, correct, agreeing = (reduce(self._sums) / num_tokens).tolist()
         seconds = time.perf_counter() - self._start
         return {
             "loss/total": total,

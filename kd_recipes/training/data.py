@@ -76,7 +76,7 @@ def batches(loader: Iterable[Any], device: torch.device, max_seq_len: int) -> It
     for collated in loader:
         length = collated["tokens"].shape[1]
         if length > max_seq_len:
-            wanted = f"at most {max_seq_len}, the student's max_seq_len"
+            wanted = f"at most {max_seq_len}, the shorter max_seq_len of the models"
             remedy = f"Set tokenizer.max_seq_len={max_seq_len} to cut longer ones"
             raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
         yield shift_labels(collated).to(device)

@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+Summable = TypeVar("Summable", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,15 @@ class Parallel:
         """What torchrun says, or one process."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
-    def sum(self, number: int) -> int:
-        """The number, added up over all processes."""
-        return number
+    def shard(self, model: TransformerDecoder) -> TransformerDecoder:
+        """The model, or this process's part of it."""
+        return model
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, logs and draws progress."""
+        return self.rank == 0
+
+    def sum(self, value: Summable) -> Summable:
+        """A number or a tensor of numbers, added up over all processes."""
+        return value
