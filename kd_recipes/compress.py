@@ -29,18 +29,14 @@ from kd_recipes.compression import (
     prune_depth_checkpoint,
     read_checkpoint,
 )
-from kd_recipes.config import Key
+from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, gather
 from kd_recipes.parts import build, build_model, find_device, load_model
 from kd_recipes.training.data import build_dataset
-from kd_recipes.training.precision import resolve_dtype
+from kd_recipes.training.precision import is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer
 
 _BAR_WIDTH = 24
-
-
-def _positive(value: int) -> bool:
-    return value > 0
 
 
 KEYS = (
@@ -51,11 +47,13 @@ KEYS = (
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1, wanted="calibration text"),
     Key("method", "component", required=True, wanted="kd_recipes.compression.DepthPruning and its settings"),
-    Key("num_calibration_tokens", "int", default=8192, wanted="a whole number above 0", check=_positive),
-    Key("sequence_length", "int", default=512, wanted="longest calibration window in tokens, above 0", check=_positive),
+    Key("num_calibration_tokens", "int", default=8192, wanted="a whole number above 0", check=is_positive),
+    Key(
+        "sequence_length", "int", default=512, wanted="longest calibration window in tokens, above 0", check=is_positive
+    ),
     Key("seed", "int", default=0, wanted="a whole number; which samples the calibration text is made of"),
     Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
-    Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=lambda v: v in ("auto", "bf16", "fp32")),
+    Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=is_dtype_name),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class Key:
     check: Callable[[Any], bool] | None = None
     args: int = 0
     kwargs: tuple[str, ...] = ()
+
+
+def is_positive(value: float) -> bool:
+    """Whether a number is above 0 and finite: the check of most numeric keys."""
+    return 0 < value < math.inf
 
 
 def shipped_configs() -> dict[str, Path]:

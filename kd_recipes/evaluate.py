@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.config import Key
+from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
 from kd_recipes.models import checkpointer_model_type, model_section
@@ -31,13 +31,8 @@ from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.data import batches, build_dataset, build_loader
 from kd_recipes.training.parallel import Parallel
-from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
+from kd_recipes.training.precision import DTYPES, dtype_name, is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer, token_ids
-
-
-def _positive(value: int) -> bool:
-    return value > 0
-
 
 KEYS = (
     Key("recipe", "str", wanted="`evaluate`"),
@@ -46,12 +41,12 @@ KEYS = (
     Key("reference", "str", wanted="the name of the model that the others are measured against; the first by default"),
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1, wanted="text that none of the models was trained on"),
-    Key("batch_size", "int", default=4, wanted="sequences in a batch, above 0", check=_positive),
-    Key("max_batches", "int", wanted="a whole number above 0; all by default", check=_positive),
+    Key("batch_size", "int", default=4, wanted="sequences in a batch, above 0", check=is_positive),
+    Key("max_batches", "int", wanted="a whole number above 0; all by default", check=is_positive),
     Key("prompt", "str", wanted="a text that each model continues; none by default"),
-    Key("max_new_tokens", "int", default=40, wanted="tokens of the continuation, above 0", check=_positive),
+    Key("max_new_tokens", "int", default=40, wanted="tokens of the continuation, above 0", check=is_positive),
     Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
-    Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=lambda v: v in ("auto", "bf16", "fp32")),
+    Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=is_dtype_name),
 )
 
 

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def is_dtype_name(value: str) -> bool:
+    """Whether :func:`resolve_dtype` knows the name."""
+    return value == "auto" or value in DTYPES
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """``fp32``, ``bf16``, or ``auto``: bf16 where the device multiplies it faster than float32.
 

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-from kd_recipes.config import Key
-from kd_recipes.training.precision import DTYPES
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+from kd_recipes.config import Key, is_positive
+from kd_recipes.training.precision import DTYPES, is_dtype_name
 
 
 def _is_norm(value: object) -> bool:
@@ -21,10 +15,6 @@ def _is_norm(value: object) -> bool:
 
 def _is_seed(value: int) -> bool:
     return 0 <= value < 2**32
-
-
-def _is_dtype(value: str) -> bool:
-    return value in ("auto", "bf16", "fp32")
 
 
 def _is_best_metric(value: str) -> bool:
@@ -41,53 +31,55 @@ KEYS = (
     Key("checkpointer", "component", required=True),
     Key("teacher_model", "component"),
     Key("teacher_checkpointer", "component"),
-    Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=_is_dtype),
+    Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=is_dtype_name),
     Key("teacher_device", "str", wanted="a device; the student's by default"),
     # data
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1),
     Key("eval_dataset", "components", args=1, wanted="held-out data, in the form of dataset"),
-    Key("batch_size", "int", required=True, wanted="sequences in a micro-batch, above 0", check=_positive),
+    Key("batch_size", "int", required=True, wanted="sequences in a micro-batch, above 0", check=is_positive),
     Key("shuffle", "bool", default=True),
     Key("seed", "int", wanted="a whole number from 0; drawn at random if null", check=_is_seed),
     # objective
     Key("kd_ratio", "float", default=0.5, wanted="a number in [0, 1]", check=lambda value: 0 <= value <= 1),
-    Key("temperature", "float", default=1.0, wanted="a number above 0", check=_positive),
+    Key("temperature", "float", default=1.0, wanted="a number above 0", check=is_positive),
     Key("kd_loss", "component", wanted="a divergence; forward KL by default"),
     Key("loss", "component", wanted="with torchtune's own kd_loss: its cross entropy"),
-    Key("chunk_size", "int", wanted="tokens whose logits exist at a time, above 0; chosen by default", check=_positive),
+    Key(
+        "chunk_size", "int", wanted="tokens whose logits exist at a time, above 0; chosen by default", check=is_positive
+    ),
     # optimizer
     Key("optimizer", "component", required=True, args=1),
     Key("lr_scheduler", "component", args=1, kwargs=("num_training_steps", "last_epoch")),
-    Key("gradient_accumulation_steps", "int", default=1, wanted="a whole number above 0", check=_positive),
+    Key("gradient_accumulation_steps", "int", default=1, wanted="a whole number above 0", check=is_positive),
     Key("clip_grad_norm", "any", wanted="a number above 0, the largest norm of a step's gradient", check=_is_norm),
     Key("master_weights", "bool", default=True, wanted="whether the optimizer keeps float32 copies of bf16 weights"),
     # run
-    Key("epochs", "int", default=1, wanted="a whole number above 0", check=_positive),
-    Key("max_steps_per_epoch", "int", wanted="a whole number above 0", check=_positive),
-    Key("max_steps", "int", wanted="a whole number above 0", check=_positive),
+    Key("epochs", "int", default=1, wanted="a whole number above 0", check=is_positive),
+    Key("max_steps_per_epoch", "int", wanted="a whole number above 0", check=is_positive),
+    Key("max_steps", "int", wanted="a whole number above 0", check=is_positive),
     Key("resume_from_checkpoint", "bool", default=False),
     Key(
         "save_every_n_steps",
         "int",
         wanted="a whole number above 0; after each epoch and at the end in any case",
-        check=_positive,
+        check=is_positive,
     ),
-    Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=_positive),
+    Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=is_positive),
     Key("export_dtype", "choice", wanted="bf16 or fp32; the checkpoint's own by default", check=lambda v: v in DTYPES),
     Key("save_adapter_weights_only", "bool", default=False),
     Key("device", "str", default="cuda", wanted="cpu, cuda or cuda:1"),
-    Key("dtype", "choice", default="bf16", wanted="auto, bf16 or fp32", check=_is_dtype),
+    Key("dtype", "choice", default="bf16", wanted="auto, bf16 or fp32", check=is_dtype_name),
     Key("compile", "bool", default=False),
     Key("enable_activation_checkpointing", "bool", default=False),
     Key("enable_activation_offloading", "bool", default=False),
     Key("cudnn_deterministic_mode", "any", wanted="default, warn or error", check=lambda v: v in _DETERMINISTIC_MODES),
     # monitoring
     Key("metric_logger", "component", required=True),
-    Key("log_every_n_steps", "int", default=1, wanted="a whole number above 0", check=_positive),
+    Key("log_every_n_steps", "int", default=1, wanted="a whole number above 0", check=is_positive),
     Key("log_peak_memory_stats", "bool", default=False),
-    Key("eval_every_n_steps", "int", wanted="a whole number above 0; only at the ends by default", check=_positive),
-    Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=_positive),
+    Key("eval_every_n_steps", "int", wanted="a whole number above 0; only at the ends by default", check=is_positive),
+    Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=is_positive),
     Key("best_metric", "choice", default="objective", wanted="objective, perplexity or kl", check=_is_best_metric),
     Key("profiler", "component"),
     # of torchtune's distributed recipe: kept so that its configs run here
