@@ -21,10 +21,12 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 from torchtune.data import padded_collate_packed, padded_collate_sft
 from torchtune.generation import generate
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
+from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import (
     DoRALinear,
+    LoRALinear,
     get_adapter_params,
     get_adapter_state_dict,
     get_lora_module_names,
@@ -35,6 +37,8 @@ from torchtune.training import get_act_offloading_ctx_manager
 from torchtune.utils import get_logger
 
 from kd_recipes.batch import IGNORE_INDEX
+from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.signals import LinearLogits
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -89,27 +93,55 @@ class Head:
     """A model's output projection, taken off so that the loss can apply it to a few tokens at a time.
 
     Args:
-        project: ``[..., D] -> [..., V]``, in the model's dtype.
-        parameters: the trainable tensors that ``project`` uses.
-        num_rows: V, padding of the vocabulary included.
+        output: the projection, of one of torchtune's kinds; its weights are looked up whenever they are needed.
+        soft_cap: of the logits; None for none.
     """
 
-    project: Callable[[Tensor], Tensor]
-    parameters: tuple[nn.Parameter, ...]
-    num_rows: int
+    output: Any
+    soft_cap: float | None
+
+    def logits(self, hidden_TD: Tensor) -> LinearLogits:
+        """The logits of some hidden states, not computed yet."""
+        output = self.output
+        if isinstance(output, TiedLinear):  # which is no nn.Module
+            return LinearLogits((hidden_TD,), (output.tied_module.weight,), None, self.soft_cap)
+        if isinstance(output, LoRALinear):
+            adapted_TR = output.lora_a(output.dropout(hidden_TD)) * (output.alpha / output.rank)
+            weights = (output.weight, output.lora_b.weight)
+            return LinearLogits((hidden_TD, adapted_TR), weights, output.bias, self.soft_cap)
+        if isinstance(output, DoRALinear):
+            return self._dora_logits(hidden_TD)
+        return LinearLogits((hidden_TD,), (output.weight,), output.bias, self.soft_cap)
+
+    def _dora_logits(self, hidden_TD: Tensor) -> LinearLogits:
+        """DoRA scales each row of the adapted weight; so does this, to the rows of both factors."""
+        output = self.output
+        adapted_TR = output.lora_a(output.dropout(hidden_TD)) * output.scaling
+        with torch.no_grad():
+            update_VD = output.scaling * (output.lora_b.weight @ output.lora_a.weight)
+            norm_V = torch.linalg.norm(output.weight + update_VD, dim=1)
+        scale_V1 = (output.magnitude / norm_V).unsqueeze(1)
+        weights = (scale_V1 * output.weight, scale_V1 * output.lora_b.weight)
+        return LinearLogits((hidden_TD, adapted_TR), weights, output.bias, self.soft_cap)
 
 
 def take_head(model: TransformerDecoder) -> Head:
-    """Make a model return its last hidden states ``[B, S, D]``, normed; return the head that it applied to them."""
+    """Make a model return its last hidden states ``[B, S, D]``, normed; return the head that it applied to them.
+
+    torchtune's Gemma 2 caps the hidden states where the model caps the logits; here the logits are capped.
+
+    Raises:
+        ConfigError: a head of a kind that is not known.
+    """
+    norm, soft_cap = model.norm, None
+    if isinstance(norm, Gemma2FinalNorm):
+        norm, soft_cap = norm.rms_norm, norm.capping_value
+    if not isinstance(model.output, (nn.Linear, TiedLinear, LoRALinear, DoRALinear)):
+        wanted = "an output head that is linear, tied to the embedding or not, with or without an adapter"
+        raise ConfigError(Problem("model", type(model.output).__name__, wanted))
     # unembed() is norm, then output. A function, since a module would be registered as a child and not be found first
-    norm = model.norm
     model.unembed = lambda hidden: norm(hidden)
-    output = model.output
-    if isinstance(output, nn.Module):
-        rows: Tensor = output.weight  # type: ignore[assignment]
-        return Head(output, tuple(p for p in output.parameters() if p.requires_grad), rows.shape[0])
-    weight = output.tied_module.weight  # TiedLinear is no nn.Module
-    return Head(output, (weight,) if weight.requires_grad else (), weight.shape[0])
+    return Head(model.output, soft_cap)
 
 
 def build_model(cfg: DictConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerDecoder:

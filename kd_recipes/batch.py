@@ -21,12 +21,14 @@ class Batch:
         labels_BS: the id of the *next* token at each position, or ``IGNORE_INDEX``.
         mask_BSS: which positions attend to which, for packed sequences; None is causal.
         input_pos_BS: positions within each document, for packed sequences.
+        weights_BS: what each position's part of the objective is multiplied by; None is 1.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     mask_BSS: Tensor | None = None
     input_pos_BS: Tensor | None = None
+    weights_BS: Tensor | None = None
 
     @property
     def num_valid_tokens(self) -> int:
@@ -35,7 +37,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        tensors = (self.tokens_BS, self.labels_BS, self.mask_BSS, self.input_pos_BS)
+        tensors = (self.tokens_BS, self.labels_BS, self.mask_BSS, self.input_pos_BS, self.weights_BS)
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in tensors))  # type: ignore[arg-type]
 
 

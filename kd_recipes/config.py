@@ -48,6 +48,7 @@ class Key:
         check: returns whether a value of the right type is valid.
         args: component only: how many positional arguments the recipe itself passes.
         kwargs: component only: names of the keyword arguments that the recipe itself passes.
+        function_args: component only: as ``args``, for a function where it, too, has a meaning of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Key:
     check: Callable[[Any], bool] | None = None
     args: int = 0
     kwargs: tuple[str, ...] = ()
+    function_args: int | None = None
 
 
 def is_positive(value: float) -> bool:
@@ -198,7 +200,9 @@ def _component_problems(path: str, section: Any, key: Key) -> Iterator[Problem]:
         given = {k: v for k, v in given.items() if k in parameters}
     yield from _type_problems(path, given, parameters)
     try:
-        signature.bind(*[None] * key.args, **{**given, **dict.fromkeys(key.kwargs)})
+        is_function = key.function_args is not None and inspect.isfunction(component)
+        num_args = key.function_args if is_function else key.args
+        signature.bind(*[None] * (num_args or 0), **{**given, **dict.fromkeys(key.kwargs)})
     except TypeError as error:
         yield Problem(path, name, f"its arguments: {error}")
 

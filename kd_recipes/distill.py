@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kd_recipes import _torchtune
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
-from kd_recipes.losses import choose_objective
+from kd_recipes.losses import build_divergence, choose_objective
 from kd_recipes.monitoring.metrics import StepMeter, log
 from kd_recipes.parts import build, build_profiler, load_model
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
@@ -71,9 +71,11 @@ class DistillRecipe(FTRecipeInterface):
         self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._objective = choose_objective(
             build("loss", cfg.loss),
-            build("kd_loss", cfg.kd_loss),
+            build_divergence("kd_loss", cfg.kd_loss),
             kd_ratio=cfg.kd_ratio,
             temperature=cfg.temperature,
+            teacher_temperature=cfg.teacher_temperature,
+            label_smoothing=cfg.label_smoothing,
             num_ids=self._num_ids,
             chunk_size=cfg.chunk_size,
         )
@@ -170,8 +172,8 @@ class DistillRecipe(FTRecipeInterface):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             for batch in micros:
                 signal = self._teacher.signal(batch) if self._teacher and self._objective.needs_teacher else None
-                loss = self._objective(self.student(batch), self.student.head, signal, batch)
-                (loss.total / max(num_tokens, 1)).backward()
+                loss = self._objective(self.student(batch), signal, batch, max(num_tokens, 1))
+                loss.total.backward()
                 self._weights.collect_grads()
                 meter.add(loss)
             self.step += 1
@@ -215,7 +217,6 @@ class DistillRecipe(FTRecipeInterface):
         limit = self._cfg.max_eval_batches or len(self._eval_loader)
         held_out = evaluate_held_out(
             self.student,
-            self.student.head,
             self._teacher.signal if self._teacher else None,
             tqdm(
                 islice(batches(self._eval_loader, self._device, self._max_seq_len), limit),

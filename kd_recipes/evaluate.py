@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 from tqdm import tqdm
 
 from kd_recipes import _torchtune
@@ -143,15 +142,15 @@ def _measure(
     continuation = _continue(decoder, tokenizer, cfg.prompt, cfg.max_new_tokens)
     model = OnlineTeacher(decoder)
     progress = tqdm(text, desc=name, unit="batch")
-    num_ids = min(model.head.num_rows, (teacher or model).head.num_rows)
+    num_ids = min(model.num_rows, (teacher or model).num_rows)
 
-    def hidden(batch: Batch) -> Tensor:
+    def signal(batch: Batch) -> DenseSignal:
+        found = model.signal(batch)
         if teacher is None:
-            signals[id(batch)] = model.signal(batch)
-            return signals[id(batch)].hidden_BSD
-        return model.hidden(batch)
+            signals[id(batch)] = found
+        return found
 
-    held_out = evaluate_held_out(hidden, model.head, lambda batch: signals[id(batch)], progress, num_ids)
+    held_out = evaluate_held_out(signal, lambda batch: signals[id(batch)], progress, num_ids)
     num_parameters = sum(parameter.numel() for parameter in decoder.parameters())
     num_bytes = sum(path.stat().st_size for path in _weight_files(cfg.models[name]))
     return model, Row(name, num_parameters, num_bytes, held_out, continuation)

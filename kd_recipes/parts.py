@@ -17,8 +17,8 @@ from kd_recipes.errors import ConfigError, Problem, one_line
 CHECKPOINTERS = {"model": "checkpointer", "teacher_model": "teacher_checkpointer"}
 
 
-def build(key: str, section: DictConfig, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate a section.
+def build(key: str, section: DictConfig | None, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a section; None for none.
 
     Raises:
         ConfigError: the component's own error, which is about the section's values.
@@ -28,6 +28,7 @@ def build(key: str, section: DictConfig, *args: Any, **kwargs: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # a component of the user's can raise anything
+        assert section is not None
         raise ConfigError(Problem(key, section._component_, "one that can be built", one_line(error))) from error
 
 

@@ -1,28 +1,159 @@
-"""What a teacher says of a batch: the one thing that a loss knows of teachers."""
+"""What a model says of a batch: logits that are not computed yet, or the few likeliest ids, and features of its inside.
 
-# B sequences, S positions, n tokens of a chunk, D the teacher's hidden size, V ids shared with the student
+The one thing that a loss knows of student and teacher. Logits stay products of hidden states and output heads until
+the loss wants them, some tokens at a time.
+"""
+
+# B sequences, S positions, T = B * S, n some of them, D_k widths, V vocabulary, K ids kept, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+_COLUMNS = 1024  # of a product of float32 matrices on a CPU that are computed at a time
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """``soft_cap(sum_k inputs[k] @ weights[k].T + bias)``, not computed yet.
+
+    One product is an output head; a second one a low-rank adapter on it. Equals, without the memory,
+
+        z = sum(x @ w.T for x, w in zip(inputs, weights)) + bias
+        logits = soft_cap * tanh(z / soft_cap)
+
+    Args:
+        inputs: ``[T, D_k]`` each, tokens of all sequences one after the other.
+        weights: ``[V, D_k]`` each.
+        bias_V: added; None for none.
+        soft_cap: largest absolute logit, smoothly approached (Gemma 2, arXiv 2408.00118); None for none.
+        given_TV: logits that somebody has computed already, instead of all of the above.
+    """
+
+    inputs: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor, ...] = ()
+    bias_V: Tensor | None = None
+    soft_cap: float | None = None
+    given_TV: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """V, padding of the vocabulary included."""
+        return self.given_TV.shape[1] if self.given_TV is not None else self.weights[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return self.given_TV.dtype if self.given_TV is not None else self.inputs[0].dtype
+
+    def first(self, num_ids: int) -> LinearLogits:
+        """The logits of the first ids alone; nothing is copied."""
+        bias_V = None if self.bias_V is None else self.bias_V[:num_ids]
+        given_TV = None if self.given_TV is None else self.given_TV[:, :num_ids]
+        weights = tuple(weight_VD[:num_ids] for weight_VD in self.weights)
+        return LinearLogits(self.inputs, weights, bias_V, self.soft_cap, given_TV)
+
+    def compute(self, positions: slice | Tensor = slice(None)) -> Tensor:
+        """Logits ``[n, V]`` of some tokens, to be differentiated by autograd."""
+        if self.given_TV is not None:
+            return self.given_TV[positions]
+        factors = zip(self.inputs, self.weights, strict=True)
+        logits_nV = torch.stack([F.linear(input_TD[positions], weight_VD) for input_TD, weight_VD in factors]).sum(0)
+        if self.bias_V is not None:
+            logits_nV = logits_nV + self.bias_V
+        return logits_nV if self.soft_cap is None else self.soft_cap * torch.tanh(logits_nV / self.soft_cap)
+
+    @torch.no_grad()
+    def before_cap(self, positions: slice | Tensor, out_nV: Tensor) -> Tensor:
+        """Logits of some tokens before the soft cap.
+
+        Args:
+            positions: which of the T tokens.
+            out_nV: where they go, on its own device; left alone where the logits are given.
+
+        Returns:
+            ``[n, V]``; not to be written to where they are given.
+        """
+        if isinstance(positions, Tensor):
+            positions = positions.to(self._device)
+        if self.given_TV is not None:
+            return self.given_TV[positions].to(out_nV.device)
+        if self._device != out_nV.device:
+            here_nV = torch.empty(out_nV.shape, dtype=self.dtype, device=self._device)
+            return out_nV.copy_(self.before_cap(positions, here_nV))
+        for index, (input_TD, weight_VD) in enumerate(zip(self.inputs, self.weights, strict=True)):
+            multiply = torch.Tensor.addmm_ if index else _set_to_product
+            multiply(out_nV, input_TD[positions], weight_VD.t())
+        return out_nV if self.bias_V is None else out_nV.add_(self.bias_V)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.given_TV.device if self.given_TV is not None else self.inputs[0].device
+
+
+def _set_to_product(out_nV: Tensor, input_nD: Tensor, weight_DV: Tensor) -> Tensor:
+    if out_nV.device.type == "cpu" and out_nV.dtype is torch.float32:
+        # a few rows by 150,000 columns: MKL does them block by block in four fifths of the time
+        for block in range(0, out_nV.shape[1], _COLUMNS):
+            columns = slice(block, block + _COLUMNS)
+            torch.mm(input_nD, weight_DV[:, columns], out=out_nV[:, columns])
+        return out_nV
+    return torch.mm(input_nD, weight_DV, out=out_nV)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What of a model's inside a feature loss compares.
+
+    Args:
+        hidden: after so many blocks, the residual stream ``[B, S, D]``: 0 is the embeddings.
+        projections: of a block, counted from 0, the outputs ``[B, S, heads * head width]`` of its query, key and value
+            projections, by the names ``query``, ``key``, ``value``.
+    """
+
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    projections: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The teacher's whole distribution at each position, as hidden states and the head that turns them into logits.
+    """A model's whole distribution at each position, and the features asked for.
 
     Args:
-        hidden_BSD: last hidden states.
-        project: ``[..., D] -> [..., rows of the head]``, the logits.
+        logits: over all ids.
+        features: of its inside; none unless asked for.
     """
 
-    hidden_BSD: Tensor
-    project: Callable[[Tensor], Tensor]
+    logits: LinearLogits
+    features: Features = field(default_factory=Features)
 
-    def logits(self, positions_n: Tensor, num_ids: int) -> Tensor:
-        """Logits ``[n, V]`` at some positions of the flattened ``[B * S]``, over the first ``num_ids`` = V ids."""
-        rows_nD = self.hidden_BSD.flatten(0, 1)[positions_n.to(self.hidden_BSD.device)]
-        return self.project(rows_nD)[:, :num_ids]
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """A teacher's likeliest ids at each position, as a cache of it gives them, and what is left for all other ids.
+
+    Args:
+        ids_TK: distinct within a row.
+        log_p_TK: their log-probabilities over the whole vocabulary; -inf where a row has fewer than K ids.
+        log_tail_T: logarithm of the probability of all ids that are not named; -inf where there is none.
+        temperature: at which the teacher's distribution was taken; it cannot be softened afterwards.
+    """
+
+    ids_TK: Tensor
+    log_p_TK: Tensor
+    log_tail_T: Tensor
+    temperature: float = 1.0
+
+    @classmethod
+    def top_k(cls, logits_TV: Tensor, k: int, temperature: float = 1.0) -> SparseSignal:
+        """The k likeliest ids of each row of logits ``[T, V]``."""
+        log_p_TV = F.log_softmax(logits_TV.float() / temperature, -1)
+        log_p_TK, ids_TK = log_p_TV.topk(k, -1)
+        # not 1 - sum(p): that has no digits left where the k ids hold nearly everything
+        log_tail_T = log_p_TV.scatter(1, ids_TK, -torch.inf).logsumexp(-1)
+        return cls(ids_TK, log_p_TK, log_tail_T, temperature)

@@ -12,7 +12,6 @@ from torch import Tensor
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.losses import Objective
-from kd_recipes.losses.objective import OutputHead
 from kd_recipes.signals import DenseSignal
 
 
@@ -26,6 +25,10 @@ class HeldOut:
         kl: KL(teacher || model), in nats a token; nan without a teacher.
         agreement: share of tokens at which teacher and model have the same likeliest id; nan without a teacher.
         accuracy: share of tokens at which the model's likeliest id is the text's.
+        reverse_kl: KL(model || teacher), in nats a token; nan without a teacher, as all that follows.
+        student_entropy: of the model's predictions, in nats.
+        teacher_entropy: of the teacher's.
+        teacher_label_mass: the teacher's mean probability of the text's token.
     """
 
     num_tokens: int
@@ -33,6 +36,10 @@ class HeldOut:
     kl: float
     agreement: float
     accuracy: float
+    reverse_kl: float = math.nan
+    student_entropy: float = math.nan
+    teacher_entropy: float = math.nan
+    teacher_label_mass: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -56,13 +63,16 @@ class HeldOut:
             "kl": self.kl,
             "agreement": self.agreement,
             "accuracy": self.accuracy,
+            "reverse_kl": self.reverse_kl,
+            "student_entropy": self.student_entropy,
+            "teacher_entropy": self.teacher_entropy,
+            "teacher_label_mass": self.teacher_label_mass,
         }
 
 
 @torch.no_grad()
 def evaluate_held_out(
-    model: Callable[[Batch], Tensor],
-    head: OutputHead,
+    model: Callable[[Batch], DenseSignal],
     signal: Callable[[Batch], DenseSignal] | None,
     batches: Iterable[Batch],
     num_ids: int,
@@ -71,9 +81,8 @@ def evaluate_held_out(
     """Run a model over held-out batches.
 
     Args:
-        model: batch -> last hidden states ``[B, S, D]``.
-        head: the model's output head.
-        signal: batch -> the teacher's signal; None leaves out what needs a teacher.
+        model: batch -> its distribution at each position.
+        signal: batch -> the teacher's; None leaves out what needs a teacher.
         batches: the text.
         num_ids: ids that model and teacher share.
         reduce: adds up a tensor over all processes, each of which has a part of the text.
@@ -83,17 +92,18 @@ def evaluate_held_out(
     """
     # the mixture itself is of no interest here: kd_ratio only says whether there is a teacher to ask
     objective = Objective(kd_ratio=0.0 if signal is None else 1.0, num_ids=num_ids)
-    sums = torch.zeros(5, dtype=torch.float64)
+    names: list[str] = []
+    sums = torch.zeros(())
     for batch in batches:
-        loss = objective(model(batch), head, signal(batch) if signal else None, batch)
-        parts = (loss.cross_entropy, loss.divergence, loss.num_agreeing, loss.num_correct)
-        sums += torch.stack((*parts, torch.full_like(loss.divergence, loss.num_tokens))).cpu()
+        loss = objective(model(batch), signal(batch) if signal else None, batch)
+        names = list(loss.sums)
+        num_tokens = torch.tensor(float(loss.num_tokens), dtype=torch.float64)
+        sums = sums + torch.stack([*(value.cpu() for value in loss.sums.values()), num_tokens])
     sums = reduce(sums)
-    num_tokens = int(sums[4])
-    if num_tokens == 0:
+    if not names or sums[-1] == 0:
         remedy = "Raise max_eval_batches or look at the masking of the held-out data"
         raise ConfigError(Problem("eval_dataset", "0 tokens with a label", "at least one in its batches", remedy))
-    cross_entropy, kl, agreement, accuracy = (sums[:4] / num_tokens).tolist()
-    if signal is None:
-        kl = agreement = math.nan
-    return HeldOut(num_tokens, cross_entropy, kl, agreement, accuracy)
+    means = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+    means["kl"] = means.pop("forward_kl", math.nan)
+    means.pop("divergence", None)
+    return HeldOut(num_tokens=int(sums[-1]), agreement=means.pop("agreement", math.nan), **means)

@@ -16,17 +16,14 @@ class StepMeter:
     """Adds up the micro-batches of a step."""
 
     def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a step: its clock runs from here."""
         self._start = time.perf_counter()
-        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._names: list[str] = []
+        self._sums = torch.zeros((), dtype=torch.float64)
 
     def add(self, loss: LossSum) -> None:
         """One micro-batch."""
-        parts = (loss.total.detach().double(), loss.cross_entropy, loss.divergence, loss.num_correct, loss.num_agreeing)
-        self._sums += torch.stack(parts).cpu()
+        self._names = list(loss.sums)
+        self._sums = self._sums + torch.stack([loss.total.detach().double(), *loss.sums.values()]).cpu()
 
     def finish(self, num_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the step's valid tokens, and its speed.
@@ -35,17 +32,18 @@ class StepMeter:
             num_tokens: valid tokens of the step, over all processes.
             reduce: adds up a tensor over all processes.
         """
-        total, cross_entropy, divergence, correct, agreeing = (reduce(self._sums) / num_tokens).tolist()
+        total, *sums = reduce(self._sums).tolist()
         seconds = time.perf_counter() - self._start
         return {
             "loss/total": total,
-            "loss/cross_entropy": cross_entropy,
-            "loss/divergence": divergence,
-            "quality/accuracy": correct,
-            "quality/agreement": agreeing,
+            **{_tag(name): value / max(num_tokens, 1) for name, value in zip(self._names, sums, strict=True)},
             "throughput/tokens_per_second": num_tokens / seconds,
             "time/step": seconds,
         }
+
+
+def _tag(name: str) -> str:
+    return f"{'loss' if name in ('cross_entropy', 'divergence') else 'quality'}/{name}"
 
 
 def log(logger: Any, prefix: str, metrics: Mapping[str, float], step: int) -> None:

@@ -12,6 +12,7 @@ from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
+from kd_recipes.signals import DenseSignal
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in the names of blocks whose activations are recomputed
 
@@ -50,14 +51,13 @@ class Student:
         if recompute_activations:
             _torchtune.checkpoint_activations(model)
         self._offloading = _torchtune.activation_offloading(model, offload_activations)
-        self.head = _torchtune.take_head(model)
+        self._head = _torchtune.take_head(model)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Last hidden states ``[B, S, D]``."""
+    def __call__(self, batch: Batch) -> DenseSignal:
+        """The student's distribution at each position."""
         with self._offloading:
-            return self.model(  # type: ignore[no-any-return]
-                batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS
-            )
+            hidden_BSD = self.model(batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS)
+        return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that a step changes, by name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
@@ -19,19 +18,14 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: TransformerDecoder) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.head = _torchtune.take_head(model)
+        self._model = model.eval().requires_grad_(False)
+        self._head = _torchtune.take_head(model)
         self._device = next(model.parameters()).device
+        self.num_rows = _torchtune.model_size(model).num_rows
 
     @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states ``[B, S, D]``, on the teacher's device."""
-        here = batch.to(self._device)
-        return self.model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)  # type: ignore[no-any-return]
-
     def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's distribution at each position, on the batch's own device."""
-        there = batch.tokens_BS.device
-        if there == self._device:
-            return DenseSignal(self.hidden(batch), self.head.project)
-        return DenseSignal(self.hidden(batch), lambda hidden: self.head.project(hidden).to(there))
+        """The teacher's distribution at each position; it stays on the teacher's device until the loss asks for it."""
+        here = batch.to(self._device)
+        hidden_BSD = self._model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)
+        return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)))

@@ -43,7 +43,16 @@ KEYS = (
     # objective
     Key("kd_ratio", "float", default=0.5, wanted="a number in [0, 1]", check=lambda value: 0 <= value <= 1),
     Key("temperature", "float", default=1.0, wanted="a number above 0", check=is_positive),
-    Key("kd_loss", "component", wanted="a divergence; forward KL by default"),
+    Key(
+        "teacher_temperature", "float", wanted="a number above 0; the temperature of both by default", check=is_positive
+    ),
+    Key(
+        "kd_loss",
+        "component",
+        wanted="a divergence, or a function of two log-probability tensors; forward KL by default",
+        function_args=2,
+    ),
+    Key("label_smoothing", "float", default=0.0, wanted="a number in [0, 1)", check=lambda value: 0 <= value < 1),
     Key("loss", "component", wanted="with torchtune's own kd_loss: its cross entropy"),
     Key(
         "chunk_size", "int", wanted="tokens whose logits exist at a time, above 0; chosen by default", check=is_positive

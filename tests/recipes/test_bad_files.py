@@ -204,7 +204,7 @@ def test_data_that_cannot_be_trained_on(overrides: list[str], message: str, reje
     ("key", "component", "message"),
     [
         ("kd_loss", "torch.nn.CrossEntropyLoss", "called with (student logits, teacher logits, labels)"),
-        ("kd_loss", "builtins.object", "kd_loss: got 'object', wanted a loss that is called with (distributions)"),
+        ("kd_loss", "builtins.object", "kd_loss: got 'object', wanted a Divergence, a function of (log_p, log_q)"),
         ("loss", "kd_recipes.losses.ForwardKL", "loss: got 'ForwardKL', wanted a loss that is called with (logits"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kd_recipes.batch import Batch
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.entry import EXIT_BAD_INPUT, run_recipe
 from toy import Toys, distill, logged, lora_section, prepare, run_tune, sentence, tensorboard_scalars, write_jsonl
@@ -88,7 +89,7 @@ def _logits(recipe: DistillRecipe, tokens: Tensor) -> Tensor:
     """Of the student as trained, in float32."""
     recipe.student.model.eval()
     with torch.no_grad():
-        return recipe.student.head.project(recipe.student.model(tokens)).float()
+        return recipe.student(Batch(tokens, tokens)).logits.compute().unflatten(0, tokens.shape).float()
 
 
 def _greedy(recipe: DistillRecipe, tokens: Tensor, num_tokens: int) -> Tensor:

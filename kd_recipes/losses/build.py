@@ -1,0 +1,76 @@
+"""From the sections of a config to an objective."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from kd_recipes import _torchtune
+from kd_recipes.batch import IGNORE_INDEX
+from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.losses.divergences import Differentiated, Divergence, ForwardKL
+from kd_recipes.losses.objective import Objective
+from kd_recipes.losses.torchtune_losses import TorchtuneObjective
+from kd_recipes.parts import build
+
+
+def build_divergence(key: str, section: DictConfig | None) -> Any:
+    """What a ``kd_loss:`` section names: a class is built; a function is a divergence itself, differentiated for it.
+
+    Raises:
+        ConfigError: as :func:`~kd_recipes.parts.build`.
+    """
+    function = _torchtune.locate(section._component_) if section is not None else None
+    if section is None or not inspect.isfunction(function):
+        return build(key, section)
+    settings = {str(name): value for name, value in section.items() if name != "_component_"}
+    return Differentiated(partial(function, **settings))
+
+
+def choose_objective(loss: nn.Module | None, kd_loss: Any, **settings: Any) -> Objective | TorchtuneObjective:
+    """The objective that a config's ``loss`` and ``kd_loss`` describe.
+
+    Args:
+        loss: a cross entropy of torchtune's signature; None for ours.
+        kd_loss: a divergence of ours, or a module of torchtune's signature; None for forward KL.
+        settings: the fields of :class:`~kd_recipes.losses.objective.Objective` but the divergence.
+
+    Raises:
+        ConfigError: a part that is no such loss, two chunked modules that do not chunk alike, or settings that
+            torchtune's losses do not have.
+    """
+    _require_signature("loss", loss, "logits, labels")
+    if not isinstance(kd_loss, nn.Module):
+        if not (kd_loss is None or isinstance(kd_loss, Divergence)):
+            wanted = "a Divergence, a function of (log_p, log_q), or a loss of torchtune's"
+            raise ConfigError(Problem("kd_loss", type(kd_loss).__name__, wanted))
+        if loss is not None and not isinstance(loss, CEWithChunkedOutputLoss):  # which is the cross entropy of ours
+            wanted = "no loss beside a divergence of ours, which brings its own cross entropy"
+            raise ConfigError(Problem("loss", type(loss).__name__, wanted, "Leave it out, or set torchtune's kd_loss"))
+        return Objective(divergence=kd_loss or ForwardKL(), **settings)
+    _require_signature("kd_loss", kd_loss, "student logits, teacher logits, labels")
+    loss = loss if loss is not None else nn.CrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    chunks = {part.num_output_chunks for part in (loss, kd_loss) if hasattr(part, "num_output_chunks")}
+    if len(chunks) > 1:
+        raise ConfigError(Problem("loss.num_output_chunks", chunks, "the same number as kd_loss.num_output_chunks"))
+    for key in ("teacher_temperature", "label_smoothing"):
+        if settings.pop(key, None):
+            raise ConfigError(
+                Problem(key, "a value", "none beside torchtune's kd_loss", "Choose one of kd_recipes.losses")
+            )
+    settings.pop("chunk_size", None)
+    return TorchtuneObjective(loss, kd_loss, **settings)
+
+
+def _require_signature(key: str, part: nn.Module | None, names: str) -> None:
+    if part is None:
+        return
+    try:
+        inspect.signature(part.forward).bind(*names.split(", "))
+    except TypeError as error:
+        raise ConfigError(Problem(key, type(part).__name__, f"a loss that is called with ({names})")) from error

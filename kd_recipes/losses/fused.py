@@ -1,0 +1,252 @@
+"""From hidden states and output heads straight to gradients, a chunk of tokens at a time.
+
+Neither model's logits ever exist for more than a chunk, whose buffers are used again for the next. What is left of
+the work are the products that nobody can avoid: two heads forward, and the student's head twice backward, once for its
+inputs and, unless it is frozen, once for its weight.
+"""
+
+# T tokens of a batch, N of them valid, n of a chunk or block, D widths, V ids compared
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_recipes.losses.rows import TOKEN_VALUES, SparseRows, Terms, replace_by_gradient
+from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
+
+# Logits of a chunk, of each model: 256 tokens of Qwen's vocabulary fill a CPU's matrix units; a GPU wants more.
+_CHUNK_ELEMENTS_CPU = 256 * 152_064
+_CHUNK_ELEMENTS = 1024 * 152_064
+# Logits of a block of rows, for each thread: two rows of Qwen's, whose scratch buffers stay in cache.
+_BLOCK_ELEMENTS_CPU = 2 * 152_064
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch that have a label.
+
+    Args:
+        positions_N: which of the T they are; None for all of them.
+        labels_N: ids.
+        weights_N: what each one's part of the total is multiplied by, in float32.
+    """
+
+    positions_N: Tensor | None
+    labels_N: Tensor
+    weights_N: Tensor
+
+    def chunks(self, size: int) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+        """Positions, labels and weights of chunks of nearly the same size, at most ``size``."""
+        num_tokens = len(self.labels_N)
+        num_chunks = -(-num_tokens // size)
+        bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else []
+        for start, stop in pairwise(bounds):
+            here = slice(start, stop)
+            positions = here if self.positions_N is None else self.positions_N[here]
+            yield positions, self.labels_N[here], self.weights_N[here]
+
+
+def fused_loss(
+    student: LinearLogits,
+    signal: DenseSignal | SparseSignal | None,
+    tokens: Tokens,
+    terms: Terms,
+    *,
+    num_ids: int,
+    chunk_size: int | None = None,
+    compiled: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the objective over some tokens, with its gradient; equals, without the memory,
+
+        z_NV = logits of the student at the tokens, cut to num_ids, and the teacher's likewise
+        total = (weights_N * objective(z_NV, teacher_NV, labels_N)).sum()
+
+    Args:
+        student: of all T tokens. Gradients reach what of its inputs, weights and bias requires them.
+        signal: the teacher on the same tokens, or None.
+        tokens: those that count; the others never reach a product.
+        terms: what is computed of each.
+        num_ids: V; rows of the heads beyond are padding.
+        chunk_size: tokens whose logits exist at a time; chosen from V if None.
+        compiled: whether the arithmetic on a chunk's logits is compiled into one kernel; on a GPU if None.
+
+    Returns:
+        The total, float32, and the unweighted sums ``[len(TOKEN_VALUES)]`` of what is known of each token, float64.
+    """
+    device = tokens.labels_N.device
+    if chunk_size is None:
+        chunk_size = max(1, (_CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS) // num_ids)
+    is_compiled = device.type == "cuda" if compiled is None else compiled
+    # under no_grad autograd still reports what requires gradients, so the inner function has to be told
+    call = _Call(student, signal, tokens, terms, num_ids, chunk_size, is_compiled, torch.is_grad_enabled())
+    bias = () if student.bias_V is None else (student.bias_V,)
+    given = () if student.given_TV is None else (student.given_TV,)
+    return _FusedLoss.apply(call, *student.inputs, *student.weights, *bias, *given)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Call:
+    student: LinearLogits
+    signal: DenseSignal | SparseSignal | None
+    tokens: Tokens
+    terms: Terms
+    num_ids: int
+    chunk_size: int
+    is_compiled: bool
+    wants_grad: bool
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        needs_grad = [call.wants_grad and needed for needed in ctx.needs_input_grad[1:]]
+        grads = _Gradients(call.student, needs_grad)
+        chunks = _ChunkBuffers(call)
+        sums = torch.zeros(len(TOKEN_VALUES), dtype=torch.float64, device=call.tokens.labels_N.device)
+        for positions, labels_n, weights_n in call.tokens.chunks(call.chunk_size):
+            logits_nV = chunks.student_logits(positions, len(labels_n))
+            teacher = chunks.teacher(positions, len(labels_n))
+            sums += chunks.replace_by_gradient(logits_nV[:, : call.num_ids], teacher, labels_n, weights_n)
+            logits_nV[:, call.num_ids :] = 0  # rows of the head that stand for no id
+            grads.add(positions, logits_nV)
+        ctx.grads = grads.tensors
+        ctx.mark_non_differentiable(sums)
+        return sums[0].to(_arithmetic_dtype(call.student.dtype)), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None  # freed as soon as they are handed on
+        if grads is None:
+            raise RuntimeError("the fused loss keeps no graph: it can be differentiated once")
+        if grad_total.device.type != "cpu" or grad_total != 1.0:  # looking at it would make a GPU wait
+            grads = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]
+        return (None, *grads)
+
+
+class _ChunkBuffers:
+    """The memory that the chunks take turns in."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        student, device = call.student, call.tokens.labels_N.device
+        num_tokens = min(call.chunk_size, len(call.tokens.labels_N))
+        self._student = torch.empty(num_tokens, student.num_rows, dtype=student.dtype, device=device)
+        self._teacher_logits = None
+        if isinstance(call.signal, DenseSignal):
+            self._teacher_logits = teacher = call.signal.logits.first(call.num_ids)
+            rows = 0 if teacher.given_TV is not None else num_tokens
+            self._teacher = torch.empty(rows, call.num_ids, dtype=teacher.dtype, device=device)
+        num_rows = min(num_tokens, _rows_at_a_time(call.num_ids, device))
+        shape = (0 if call.is_compiled else call.terms.num_buffers, num_rows, call.num_ids)
+        self._scratch = torch.empty(shape, dtype=_arithmetic_dtype(student.dtype), device=device)
+
+    def student_logits(self, positions: slice | Tensor, num_tokens: int) -> Tensor:
+        """Logits before the soft cap, in memory that may be written to."""
+        out_nV = self._student[:num_tokens]
+        logits_nV = self._call.student.before_cap(positions, out_nV)
+        return logits_nV if logits_nV is out_nV else out_nV.copy_(logits_nV)
+
+    def teacher(self, positions: slice | Tensor, num_tokens: int) -> Tensor | SparseRows | None:
+        """What the teacher says of the tokens."""
+        if self._teacher_logits is not None:
+            return self._teacher_logits.before_cap(positions, self._teacher[:num_tokens])
+        if self._call.signal is None:
+            return None
+        signal = self._call.signal
+        assert isinstance(signal, SparseSignal)
+        return SparseRows(signal.ids_TK[positions], signal.log_p_TK[positions], signal.log_tail_T[positions])
+
+    def replace_by_gradient(
+        self, logits_nV: Tensor, teacher: Tensor | SparseRows | None, labels_n: Tensor, weights_n: Tensor
+    ) -> Tensor:
+        """:func:`~kd_recipes.losses.rows.replace_by_gradient`, block by block; returns sums over the tokens."""
+        terms = self._call.terms
+        if self._call.is_compiled:
+            return _compiled()(logits_nV, teacher, labels_n, weights_n, terms).sum(-1, dtype=torch.float64)
+        sums = torch.zeros(len(TOKEN_VALUES), dtype=torch.float64, device=logits_nV.device)
+        num_rows = self._scratch.shape[1]
+        for start in range(0, len(labels_n), num_rows):
+            block = slice(start, start + num_rows)
+            part = teacher[block] if teacher is not None else None
+            scratch = [buffer[: len(labels_n[block])] for buffer in self._scratch]
+            values = replace_by_gradient(logits_nV[block], part, labels_n[block], weights_n[block], terms, scratch)
+            sums += values.sum(-1, dtype=torch.float64)
+        return sums
+
+
+class _Gradients:
+    """Sums of products over the chunks.
+
+    Args:
+        logits: of the student.
+        needed: which of its inputs, weights, bias and given logits, in this order, want a gradient.
+    """
+
+    def __init__(self, logits: LinearLogits, needed: list[bool]) -> None:
+        num_products = len(logits.inputs)
+        self._logits = logits
+        wanted = iter(needed)
+        self._inputs = [torch.zeros_like(tensor) if next(wanted) else None for tensor in logits.inputs]
+        self._weights: list[Tensor | None] = [None] * num_products
+        self._needs_weight = [next(wanted) for _ in logits.weights]
+        self._bias, self._given = (
+            torch.zeros_like(tensor) if tensor is not None and next(wanted) else None
+            for tensor in (logits.bias_V, logits.given_TV)
+        )
+
+    def add(self, positions: slice | Tensor, grad_nV: Tensor) -> None:
+        """Add what the gradient of some tokens' logits gives to each."""
+        for total_TD, weight_VD in zip(self._inputs, self._logits.weights, strict=True):
+            if total_TD is not None and isinstance(positions, slice):
+                torch.mm(grad_nV, weight_VD, out=total_TD[positions])
+            elif total_TD is not None:
+                total_TD[positions] = grad_nV @ weight_VD
+        for index, input_TD in enumerate(self._logits.inputs):
+            if self._needs_weight[index]:
+                # the first product is kept as it is: most batches are a few chunks, and a head's gradient is large
+                total_VD, factors = self._weights[index], (grad_nV.t(), input_TD[positions])
+                self._weights[index] = torch.mm(*factors) if total_VD is None else total_VD.addmm_(*factors)
+        if self._bias is not None:
+            self._bias += grad_nV.sum(0)
+        if self._given is not None:
+            self._given[positions] = grad_nV
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of ``needed``; None where none is wanted."""
+        weights = [
+            torch.zeros_like(weight) if needed and total is None else total
+            for weight, needed, total in zip(self._logits.weights, self._needs_weight, self._weights, strict=True)
+        ]
+        grads: list[Tensor | None] = [*self._inputs, *weights]
+        logits = self._logits
+        grads += [self._bias] if logits.bias_V is not None else []
+        return grads + ([self._given] if logits.given_TV is not None else [])
+
+
+def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _rows_at_a_time(num_ids: int, device: torch.device) -> int:
+    if device.type != "cpu":
+        return max(1, (1 << 24) // num_ids)
+    return torch.get_num_threads() * max(1, _BLOCK_ELEMENTS_CPU // num_ids)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    def whole_chunk(
+        student_nV: Tensor, teacher: Tensor | SparseRows | None, labels_n: Tensor, weights_n: Tensor, terms: Terms
+    ) -> Tensor:
+        scratch = [torch.empty_like(student_nV, dtype=torch.float32) for _ in range(terms.num_buffers)]
+        return replace_by_gradient(student_nV, teacher, labels_n, weights_n, terms, scratch)
+
+    return torch.compile(whole_chunk)
