@@ -25,6 +25,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "path": ((str,), "a path"),
     "int": ((int,), "a whole number"),
     "float": ((float, int), "a number"),
+    "scheduled": ((float, int, DictConfig), "a number, or a schedule: {shape, start, end, num_steps}"),
     "bool": ((bool,), "True or False"),
     "choice": ((str,), "one of the names"),
     "list": ((ListConfig, list), "a list"),
@@ -41,7 +42,7 @@ class Key:
 
     Args:
         name: the key.
-        kind: one of ``str path int float bool choice list mapping component components any``.
+        kind: one of ``str path int float scheduled bool choice list mapping component components any``.
         required: whether it has to be there.
         default: its value where it is absent.
         wanted: what a valid value is, for messages and ``--help``.
@@ -165,7 +166,7 @@ def _key_problems(cfg: DictConfig, key: Key) -> Iterator[Problem]:
             yield Problem(key.name, None, key.wanted or _KINDS[key.kind][1], "It has to be in the config")
         return
     types, wanted = _KINDS[key.kind]
-    is_bool_as_number = isinstance(value, bool) and key.kind in ("int", "float")
+    is_bool_as_number = isinstance(value, bool) and key.kind in ("int", "float", "scheduled")
     if not isinstance(value, types) or is_bool_as_number or (key.check is not None and not key.check(value)):
         yield Problem(key.name, _plain(value), key.wanted or wanted)
     elif key.kind in ("component", "components"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from kd_recipes.training.data import accumulate, batches, build_dataset, build_l
 from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import DTYPES, MasterWeights, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, check_models, preflight
+from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import apply_update, grad_norm, require_finite
 
@@ -69,11 +71,12 @@ class DistillRecipe(FTRecipeInterface):
         sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if asks_teacher(cfg) else [])])
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
+        self._schedules = {key: Schedule.of(cfg[key]) for key in ("kd_ratio", "temperature")}
         self._objective = choose_objective(
             build("loss", cfg.loss),
             build_divergence("kd_loss", cfg.kd_loss),
-            kd_ratio=cfg.kd_ratio,
-            temperature=cfg.temperature,
+            kd_ratio=self._schedules["kd_ratio"].start,
+            temperature=self._schedules["temperature"].start,
             teacher_temperature=cfg.teacher_temperature,
             label_smoothing=cfg.label_smoothing,
             num_ids=self._num_ids,
@@ -170,14 +173,17 @@ class DistillRecipe(FTRecipeInterface):
         meter = StepMeter()
         for micros in accumulate(micro_batches, self._cfg.gradient_accumulation_steps):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
+            now = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
+            objective = replace(self._objective, kd_ratio=now["kd_ratio"], temperature=now["temperature"])
             for batch in micros:
-                signal = self._teacher.signal(batch) if self._teacher and self._objective.needs_teacher else None
-                loss = self._objective(self.student(batch), signal, batch, max(num_tokens, 1))
+                signal = self._teacher.signal(batch) if self._teacher and objective.needs_teacher else None
+                loss = objective(self.student(batch), signal, batch, max(num_tokens, 1))
                 loss.total.backward()
                 self._weights.collect_grads()
                 meter.add(loss)
             self.step += 1
-            self._update(meter.finish(num_tokens, self._parallel.sum), num_tokens, progress)
+            metrics = meter.finish(num_tokens, self._parallel.sum) | {f"objective/{key}": now[key] for key in now}
+            self._update(metrics, num_tokens, progress)
             self._profiler.step()
             if self._is_due(self._cfg.eval_every_n_steps):
                 self.evaluate()
@@ -235,7 +241,7 @@ class DistillRecipe(FTRecipeInterface):
             tqdm.write(
                 f"step {self.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.metrics().items())
             )
-        score = held_out.score(self._cfg.best_metric, self._cfg.kd_ratio)
+        score = held_out.score(self._cfg.best_metric, self._schedules["kd_ratio"].end)
         if score < self._best:
             self._best = score
             self._export("best")

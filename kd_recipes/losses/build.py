@@ -59,18 +59,17 @@ def choose_objective(loss: nn.Module | None, kd_loss: Any, **settings: Any) -> O
     if len(chunks) > 1:
         raise ConfigError(Problem("loss.num_output_chunks", chunks, "the same number as kd_loss.num_output_chunks"))
     for key in ("teacher_temperature", "label_smoothing"):
-        if settings.pop(key, None):
-            raise ConfigError(
-                Problem(key, "a value", "none beside torchtune's kd_loss", "Choose one of kd_recipes.losses")
-            )
+        if value := settings.pop(key, None):
+            remedy = "Choose a kd_loss of kd_recipes.losses, which has it"
+            raise ConfigError(Problem(key, value, "none beside torchtune's kd_loss", remedy))
     settings.pop("chunk_size", None)
     return TorchtuneObjective(loss, kd_loss, **settings)
 
 
-def _require_signature(key: str, part: nn.Module | None, names: str) -> None:
+def _require_signature(key: str, part: Any, names: str) -> None:
     if part is None:
         return
     try:
-        inspect.signature(part.forward).bind(*names.split(", "))
+        inspect.signature(part.forward if isinstance(part, nn.Module) else part).bind(*names.split(", "))
     except TypeError as error:
         raise ConfigError(Problem(key, type(part).__name__, f"a loss that is called with ({names})")) from error

@@ -18,7 +18,7 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: TransformerDecoder) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._head = _torchtune.take_head(model)
         self._device = next(model.parameters()).device
         self.num_rows = _torchtune.model_size(model).num_rows
@@ -27,5 +27,5 @@ class OnlineTeacher:
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at each position; it stays on the teacher's device until the loss asks for it."""
         here = batch.to(self._device)
-        hidden_BSD = self._model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)
+        hidden_BSD = self.model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)
         return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)))

@@ -24,6 +24,7 @@ from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import TensorSpec, read_safetensors_header, require_free_space
 from kd_recipes.training.checkpoint import RunDirectory
+from kd_recipes.training.schedules import Schedule
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
@@ -139,7 +140,7 @@ def _vocab_json(file: Path) -> dict[str, int]:
 
 def asks_teacher(cfg: DictConfig) -> bool:
     """Whether the run has a use for its teacher: in the objective, or to be compared with on held-out data."""
-    return cfg.teacher_model is not None and (cfg.kd_ratio > 0 or cfg.eval_dataset is not None)
+    return cfg.teacher_model is not None and (Schedule.of(cfg.kd_ratio).largest > 0 or cfg.eval_dataset is not None)
 
 
 def _checkpointers(cfg: DictConfig) -> list[str]:
@@ -164,7 +165,7 @@ def _device_problems(cfg: DictConfig) -> Iterator[Problem]:
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
     parts = ("teacher_model", "teacher_checkpointer")
     absent = [part for part in parts if cfg[part] is None]
-    if cfg.kd_ratio > 0 or len(absent) == 1:
+    if Schedule.of(cfg.kd_ratio).largest > 0 or len(absent) == 1:
         for part in absent:
             yield Problem(
                 part, None, f"a teacher, since kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kd_recipes.config import Key, is_positive
 from kd_recipes.training.precision import DTYPES, is_dtype_name
+from kd_recipes.training.schedules import is_schedule
 
 
 def _is_norm(value: object) -> bool:
@@ -21,6 +22,7 @@ def _is_best_metric(value: str) -> bool:
     return value in ("objective", "perplexity", "kl")
 
 
+_SCHEDULE = "{start, end, shape: linear or cosine, num_steps: of the whole run by default}"
 _DETERMINISTIC_MODES = ("default", "warn", "error", 0, 1, 2)
 
 KEYS = (
@@ -41,8 +43,20 @@ KEYS = (
     Key("shuffle", "bool", default=True),
     Key("seed", "int", wanted="a whole number from 0; drawn at random if null", check=_is_seed),
     # objective
-    Key("kd_ratio", "float", default=0.5, wanted="a number in [0, 1]", check=lambda value: 0 <= value <= 1),
-    Key("temperature", "float", default=1.0, wanted="a number above 0", check=is_positive),
+    Key(
+        "kd_ratio",
+        "scheduled",
+        default=0.5,
+        wanted=f"a number in [0, 1], or {_SCHEDULE}",
+        check=lambda value: is_schedule(value, lambda number: 0 <= number <= 1),
+    ),
+    Key(
+        "temperature",
+        "scheduled",
+        default=1.0,
+        wanted=f"a number above 0, or {_SCHEDULE}",
+        check=lambda value: is_schedule(value, is_positive),
+    ),
     Key(
         "teacher_temperature", "float", wanted="a number above 0; the temperature of both by default", check=is_positive
     ),
