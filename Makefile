@@ -36,8 +36,10 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: quickstart  ## train the quickstart's student without our recipe, too, and compare (some 20 minutes)
+bench: quickstart  ## compare the student with those of other objectives, and the loss with other implementations
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
+	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python tests/benchmarks/loss_stage.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -124,13 +124,9 @@ def replace_by_gradient(
         pull.add_to(grad_nV, scale_n1)
     if not shares_labels:
         grad_nV.addcmul_(q1_nV, weights_n1 * ce_weight)
-    label_factor_n1 = weights_n1 * (-ce_weight * (1 - terms.label_smoothing))
-    grad_nV.scatter_add_(1, labels_n1, label_factor_n1)
-    if terms.label_smoothing > 0:
-        grad_nV.sub_(weights_n1 * (ce_weight * terms.label_smoothing / grad_nV.shape[1]))
-    if terms.student_cap is not None:  # d/dx cap * tanh(x / cap) = 1 - tanh(x / cap)^2
-        slope_nV = z_nV.copy_(student_nV).div_(terms.student_cap).tanh_().square_().neg_().add_(1.0)
-        grad_nV.mul_(slope_nV)
+    _subtract_labels(grad_nV, labels_n1, weights_n1 * ce_weight, terms.label_smoothing)
+    if terms.student_cap is not None:
+        _differentiate_cap(grad_nV, z_nV.copy_(student_nV), terms.student_cap)
     student_nV.copy_(grad_nV)
     values["total"] = weights_n1.squeeze(1) * total_n
     zero_n = torch.zeros_like(total_n)
@@ -245,6 +241,17 @@ def _cross_entropy(z_nV: Tensor, labels_n1: Tensor, log_sum_exp_n1: Tensor, labe
     if label_smoothing > 0:
         target_n1 = torch.lerp(target_n1, z_nV.mean(-1, keepdim=True), label_smoothing)
     return (log_sum_exp_n1 - target_n1).squeeze(1)
+
+
+def _subtract_labels(grad_nV: Tensor, labels_n1: Tensor, weights_n1: Tensor, label_smoothing: float) -> None:
+    grad_nV.scatter_add_(1, labels_n1, weights_n1 * (label_smoothing - 1))
+    if label_smoothing > 0:
+        grad_nV.sub_(weights_n1 * (label_smoothing / grad_nV.shape[1]))
+
+
+def _differentiate_cap(grad_nV: Tensor, raw_nV: Tensor, soft_cap: float) -> None:
+    """From the gradient by capped logits to that by raw ones: d/dx cap * tanh(x / cap) = 1 - tanh(x / cap)^2."""
+    grad_nV.mul_(raw_nV.div_(soft_cap).tanh_().square_().neg_().add_(1.0))
 
 
 def likeliest(z_nV: Tensor) -> Tensor:
