@@ -38,7 +38,7 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 
 bench: quickstart  ## compare the student with those of other objectives, and the loss with other implementations
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
-	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python tests/benchmarks/loss_stage.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay

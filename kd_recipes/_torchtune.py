@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,19 @@ def take_head(model: TransformerDecoder) -> Head:
     # unembed() is norm, then output. A function, since a module would be registered as a child and not be found first
     model.unembed = lambda hidden: norm(hidden)
     return Head(model.output, soft_cap)
+
+
+@contextmanager
+def without_head(model: TransformerDecoder) -> Iterator[None]:
+    """Make a model stop after its last block: the head is half the work of a small model, and a vocabulary wide."""
+    replaced = vars(model).get("unembed")  # an attribute of the instance hides the method
+    model.unembed = lambda hidden_BSD: hidden_BSD
+    try:
+        yield
+    finally:
+        del model.unembed
+        if replaced is not None:
+            model.unembed = replaced
 
 
 def build_model(cfg: DictConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerDecoder:

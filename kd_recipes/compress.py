@@ -32,6 +32,7 @@ from kd_recipes.compression import (
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, gather
 from kd_recipes.parts import build, build_model, find_device, load_model
+from kd_recipes.storage import require_vacant
 from kd_recipes.training.data import build_dataset
 from kd_recipes.training.precision import is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer
@@ -85,7 +86,7 @@ def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning, torch.devic
         lambda: _method(cfg.method),
         lambda: find_device("device", cfg.device),
         lambda: build("tokenizer", cfg.tokenizer),
-        lambda: _require_vacant(Path(cfg.output_dir)),
+        lambda: require_vacant(Path(cfg.output_dir)),
     )
     method.num_keep(source.num_layers)
     return source, method, device, tokenizer
@@ -96,12 +97,6 @@ def _method(section: DictConfig) -> DepthPruning:
     if not isinstance(method, DepthPruning):
         raise ConfigError(Problem("method._component_", section._component_, "kd_recipes.compression.DepthPruning"))
     return method
-
-
-def _require_vacant(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        remedy = "Choose another output_dir, or remove it first"
-        raise ConfigError(Problem("output_dir", str(directory), "a new or empty directory", remedy))
 
 
 def _calibration_windows(cfg: DictConfig, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "path": ((str,), "a path"),
     "int": ((int,), "a whole number"),
     "float": ((float, int), "a number"),
-    "scheduled": ((float, int, DictConfig), "a number, or a schedule: {shape, start, end, num_steps}"),
+    "scheduled": ((float, int, DictConfig), "a number"),
     "bool": ((bool,), "True or False"),
     "choice": ((str,), "one of the names"),
     "list": ((ListConfig, list), "a list"),
@@ -34,6 +34,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "components": ((DictConfig, ListConfig), "a section with _component_, or a list of them"),
     "any": ((object,), "anything"),
 }
+
+_SCHEDULE = "{start, end, shape: linear or cosine, num_steps: of the whole run by default}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Key:
     args: int = 0
     kwargs: tuple[str, ...] = ()
     function_args: int | None = None
+
+    @property
+    def all_wanted(self) -> str:
+        """``wanted``, and the other form that the value may have."""
+        return f"{self.wanted}, or {_SCHEDULE}" if self.kind == "scheduled" else self.wanted
 
 
 def is_positive(value: float) -> bool:
@@ -166,9 +173,10 @@ def _key_problems(cfg: DictConfig, key: Key) -> Iterator[Problem]:
             yield Problem(key.name, None, key.wanted or _KINDS[key.kind][1], "It has to be in the config")
         return
     types, wanted = _KINDS[key.kind]
+    is_section = isinstance(value, DictConfig)
     is_bool_as_number = isinstance(value, bool) and key.kind in ("int", "float", "scheduled")
     if not isinstance(value, types) or is_bool_as_number or (key.check is not None and not key.check(value)):
-        yield Problem(key.name, _plain(value), key.wanted or wanted)
+        yield Problem(key.name, _plain(value), (key.all_wanted if is_section else key.wanted) or wanted)
     elif key.kind in ("component", "components"):
         sections = list(value) if isinstance(value, ListConfig) else [value]
         if not sections:
@@ -201,9 +209,8 @@ def _component_problems(path: str, section: Any, key: Key) -> Iterator[Problem]:
         given = {k: v for k, v in given.items() if k in parameters}
     yield from _type_problems(path, given, parameters)
     try:
-        is_function = key.function_args is not None and inspect.isfunction(component)
-        num_args = key.function_args if is_function else key.args
-        signature.bind(*[None] * (num_args or 0), **{**given, **dict.fromkeys(key.kwargs)})
+        num_args = key.args if key.function_args is None or not inspect.isfunction(component) else key.function_args
+        signature.bind(*[None] * num_args, **{**given, **dict.fromkeys(key.kwargs)})
     except TypeError as error:
         yield Problem(path, name, f"its arguments: {error}")
 

@@ -196,13 +196,14 @@ class DistillRecipe(FTRecipeInterface):
 
     def _update(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
         """Change the student by the gradients collected, unless they are of no use, and report the step."""
-        metrics["optimizer/grad_norm"] = grad_norm(self._weights.parameters)
+        norm = grad_norm(self._weights.parameters)
+        metrics["optimizer/grad_norm"] = float(norm)
         metrics["optimizer/lr"] = self._optimizer.param_groups[0]["lr"]
         if num_tokens == 0:
             tqdm.write(f"step {self.step}: every label of its batches is masked; the weights stay as they are")
             return
         require_finite(metrics["loss/total"], metrics["optimizer/grad_norm"], self.step)
-        apply_update(self._weights, self._optimizer, self._scheduler, self._cfg.clip_grad_norm)
+        apply_update(self._weights, self._optimizer, self._scheduler, self._cfg.clip_grad_norm, norm)
         if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
         if self._parallel.is_main and self._is_due(self._cfg.log_every_n_steps):

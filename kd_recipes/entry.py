@@ -114,5 +114,5 @@ def _help(name: str, recipe: Any) -> str:
     key: Key
     for key in recipe.KEYS:
         default = "required" if key.required else f"default {key.default}"
-        lines.append(f"  {key.name:32} {key.kind:11} {default:16} {key.wanted}".rstrip())
+        lines.append(f"  {key.name:32} {key.kind:11} {default:16} {key.all_wanted}".rstrip())
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.config import Key
 from kd_recipes.errors import ConfigError
+from kd_recipes.training.precision import DTYPES
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = {**DTYPES, "fp16": torch.float16}
 
 KEYS = (
     Key("recipe", "str", wanted="import_gguf"),

@@ -23,12 +23,13 @@ def build(key: str, section: DictConfig | None, *args: Any, **kwargs: Any) -> An
     Raises:
         ConfigError: the component's own error, which is about the section's values.
     """
+    if section is None:
+        return None
     try:
         return _torchtune.instantiate(section, *args, **kwargs)
     except ConfigError:
         raise
     except Exception as error:  # a component of the user's can raise anything
-        assert section is not None
         raise ConfigError(Problem(key, section._component_, "one that can be built", one_line(error))) from error
 
 

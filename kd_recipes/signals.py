@@ -1,15 +1,15 @@
-"""What a model says of a batch: logits that are not computed yet, or the few likeliest ids, and features of its inside.
+"""What a model says of a batch: logits that are not computed yet, or the few likeliest ids.
 
 The one thing that a loss knows of student and teacher. Logits stay products of hidden states and output heads until
 the loss wants them, some tokens at a time.
 """
 
-# B sequences, S positions, T = B * S, n some of them, D_k widths, V vocabulary, K ids kept, H heads
+# B sequences, S positions, T = B * S, n some of them, D_k widths, V vocabulary, K ids kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class LinearLogits:
         if self.given_TV is not None:
             return self.given_TV[positions]
         factors = zip(self.inputs, self.weights, strict=True)
-        logits_nV = torch.stack([F.linear(input_TD[positions], weight_VD) for input_TD, weight_VD in factors]).sum(0)
+        logits_nV = reduce(torch.add, (F.linear(input_TD[positions], weight_VD) for input_TD, weight_VD in factors))
         if self.bias_V is not None:
             logits_nV = logits_nV + self.bias_V
         return logits_nV if self.soft_cap is None else self.soft_cap * torch.tanh(logits_nV / self.soft_cap)
@@ -107,30 +107,14 @@ def _set_to_product(out_nV: Tensor, input_nD: Tensor, weight_DV: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class Features:
-    """What of a model's inside a feature loss compares.
-
-    Args:
-        hidden: after so many blocks, the residual stream ``[B, S, D]``: 0 is the embeddings.
-        projections: of a block, counted from 0, the outputs ``[B, S, heads * head width]`` of its query, key and value
-            projections, by the names ``query``, ``key``, ``value``.
-    """
-
-    hidden: Mapping[int, Tensor] = field(default_factory=dict)
-    projections: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class DenseSignal:
-    """A model's whole distribution at each position, and the features asked for.
+    """A model's whole distribution at each position.
 
     Args:
         logits: over all ids.
-        features: of its inside; none unless asked for.
     """
 
     logits: LinearLogits
-    features: Features = field(default_factory=Features)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,17 @@ def _decode_entry(name: str, entry: Mapping[str, Any]) -> TensorSpec:
     return spec
 
 
+def require_vacant(output_dir: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        ConfigError: ``output_dir`` is a file, or a directory with something in it.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        remedy = "Choose another output_dir, or remove it first"
+        raise ConfigError(Problem("output_dir", str(output_dir), "a new or empty directory", remedy))
+
+
 def require_free_space(path: Path, num_bytes: int, *, key: str) -> None:
     """Refuse to begin writing what the disk cannot hold.
 

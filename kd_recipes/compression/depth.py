@@ -8,8 +8,7 @@ and it is faster by the share of the blocks dropped, on any device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchtune.modules import TransformerDecoder
 
+from kd_recipes import _torchtune
 from kd_recipes.errors import ConfigError, Problem
 
 # Alone, the first block makes the embeddings into features and the last one features into predictions: a model
@@ -87,7 +87,7 @@ def block_influence(model: TransformerDecoder, batches: Iterable[tuple[Tensor, T
     """
     cosine_sums_L = torch.zeros(len(model.layers), dtype=torch.float64)
     num_tokens = 0
-    with _without_head(model):
+    with _torchtune.without_head(model):
         for tokens_BS, valid_BS in batches:
             cosine_LBS = _block_cosines(model, tokens_BS)
             if valid_BS is None:
@@ -118,19 +118,6 @@ def _block_cosines(model: TransformerDecoder, tokens_BS: Tensor) -> Tensor:
         for handle in handles:
             handle.remove()
     return torch.stack(cosines)
-
-
-@contextmanager
-def _without_head(model: TransformerDecoder) -> Iterator[None]:
-    """Make the model stop after its last block: the head is half the work of a small model, and a vocabulary wide."""
-    replaced = vars(model).get("unembed")  # an attribute of the instance hides the method
-    model.unembed = lambda hidden_BSD: hidden_BSD
-    try:
-        yield
-    finally:
-        del model.unembed
-        if replaced is not None:
-            model.unembed = replaced
 
 
 def choose_blocks(

@@ -22,6 +22,7 @@ from kd_recipes.storage import (
     TensorSpec,
     atomic_directory,
     require_free_space,
+    require_vacant,
     write_json,
     write_safetensors,
 )
@@ -57,7 +58,7 @@ def import_gguf(gguf_file: Path, output_dir: Path, *, dtype: torch.dtype = torch
     Raises:
         ConfigError: something is wrong with the arguments or the file; nothing has been written.
     """
-    check_output_dir(output_dir)
+    require_vacant(output_dir)
     model = open_gguf(gguf_file)
     config = _config(model, dtype)
     tokenizer = gguf_tokenizer.read_tokenizer(model.metadata)
@@ -70,17 +71,6 @@ def import_gguf(gguf_file: Path, output_dir: Path, *, dtype: torch.dtype = torch
         write_json(directory / "generation_config.json", _generation_config(model.metadata))
         gguf_tokenizer.write_tokenizer(directory, tokenizer)
     return config
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        ConfigError: ``output_dir`` is a file, or a directory with something in it.
-    """
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        remedy = "Name another directory, or remove this one."
-        raise ConfigError(Problem("output_dir", str(output_dir), "a new or empty directory", remedy))
 
 
 def open_gguf(gguf_file: Path) -> GGUFModel:

@@ -24,8 +24,10 @@ from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
 # Logits of a chunk, of each model: 256 tokens of Qwen's vocabulary fill a CPU's matrix units; a GPU wants more.
 _CHUNK_ELEMENTS_CPU = 256 * 152_064
 _CHUNK_ELEMENTS = 1024 * 152_064
-# Logits of a block of rows, for each thread: two rows of Qwen's, whose scratch buffers stay in cache.
+# Logits of a block of rows, for each thread: two rows of Qwen's, whose scratch buffers stay in cache. On a GPU that
+# does not compile, and elsewhere: what keeps a device busy.
 _BLOCK_ELEMENTS_CPU = 2 * 152_064
+_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,8 @@ def fused_loss(
     is_compiled = device.type == "cuda" if compiled is None else compiled
     # under no_grad autograd still reports what requires gradients, so the inner function has to be told
     call = _Call(student, signal, tokens, terms, num_ids, chunk_size, is_compiled, torch.is_grad_enabled())
-    bias = () if student.bias_V is None else (student.bias_V,)
-    given = () if student.given_TV is None else (student.given_TV,)
-    return _FusedLoss.apply(call, *student.inputs, *student.weights, *bias, *given)  # type: ignore[no-any-return]
+    tensors = (*student.inputs, *student.weights, student.bias_V, student.given_TV)
+    return _FusedLoss.apply(call, *tensors)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class _Call:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         needs_grad = [call.wants_grad and needed for needed in ctx.needs_input_grad[1:]]
         grads = _Gradients(call.student, needs_grad)
         chunks = _ChunkBuffers(call)
@@ -190,16 +191,15 @@ class _Gradients:
     """
 
     def __init__(self, logits: LinearLogits, needed: list[bool]) -> None:
+        def zeros(tensor: Tensor | None, is_needed: bool) -> Tensor | None:
+            return torch.zeros_like(tensor) if tensor is not None and is_needed else None
+
         num_products = len(logits.inputs)
         self._logits = logits
-        wanted = iter(needed)
-        self._inputs = [torch.zeros_like(tensor) if next(wanted) else None for tensor in logits.inputs]
+        self._inputs = list(map(zeros, logits.inputs, needed[:num_products]))
+        self._needs_weight = needed[num_products : 2 * num_products]
         self._weights: list[Tensor | None] = [None] * num_products
-        self._needs_weight = [next(wanted) for _ in logits.weights]
-        self._bias, self._given = (
-            torch.zeros_like(tensor) if tensor is not None and next(wanted) else None
-            for tensor in (logits.bias_V, logits.given_TV)
-        )
+        self._bias, self._given = map(zeros, (logits.bias_V, logits.given_TV), needed[2 * num_products :])
 
     def add(self, positions: slice | Tensor, grad_nV: Tensor) -> None:
         """Add what the gradient of some tokens' logits gives to each."""
@@ -225,10 +225,7 @@ class _Gradients:
             torch.zeros_like(weight) if needed and total is None else total
             for weight, needed, total in zip(self._logits.weights, self._needs_weight, self._weights, strict=True)
         ]
-        grads: list[Tensor | None] = [*self._inputs, *weights]
-        logits = self._logits
-        grads += [self._bias] if logits.bias_V is not None else []
-        return grads + ([self._given] if logits.given_TV is not None else [])
+        return [*self._inputs, *weights, self._bias, self._given]
 
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -237,7 +234,7 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _rows_at_a_time(num_ids: int, device: torch.device) -> int:
     if device.type != "cpu":
-        return max(1, (1 << 24) // num_ids)
+        return max(1, _BLOCK_ELEMENTS // num_ids)
     return torch.get_num_threads() * max(1, _BLOCK_ELEMENTS_CPU // num_ids)
 
 

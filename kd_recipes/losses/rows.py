@@ -162,7 +162,7 @@ def _compare_dense(
     terms: Terms,
     free: Sequence[Tensor],
 ) -> _Pull:
-    log_p_nV, p_nV = free[:2]
+    log_p_nV, p_nV = free
     _load(teacher_nV, terms.teacher_cap, log_p_nV)
     if terms.teacher_temperature != 1.0:
         log_p_nV.div_(terms.teacher_temperature)

@@ -53,8 +53,7 @@ class TorchtuneObjective:
         labels_BS, num_valid = batch.labels_BS, batch.num_valid_tokens
         zero = torch.zeros((), dtype=torch.float64, device=labels_BS.device)
         if num_valid == 0:  # the means would be 0 / 0
-            empty = sum(tensor.sum() * 0.0 for tensor in student.logits.inputs)
-            return LossSum(empty, {"cross_entropy": zero, "divergence": zero}, 0)  # type: ignore[arg-type]
+            return LossSum(student.logits.compute(slice(0, 0)).sum(), {"cross_entropy": zero, "divergence": zero}, 0)
         logits = self._logits(student, labels_BS)
         divergence = torch.zeros((), device=labels_BS.device)
         if self.needs_teacher:

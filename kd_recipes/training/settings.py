@@ -22,7 +22,6 @@ def _is_best_metric(value: str) -> bool:
     return value in ("objective", "perplexity", "kl")
 
 
-_SCHEDULE = "{start, end, shape: linear or cosine, num_steps: of the whole run by default}"
 _DETERMINISTIC_MODES = ("default", "warn", "error", 0, 1, 2)
 
 KEYS = (
@@ -47,14 +46,14 @@ KEYS = (
         "kd_ratio",
         "scheduled",
         default=0.5,
-        wanted=f"a number in [0, 1], or {_SCHEDULE}",
+        wanted="a number in [0, 1]",
         check=lambda value: is_schedule(value, lambda number: 0 <= number <= 1),
     ),
     Key(
         "temperature",
         "scheduled",
         default=1.0,
-        wanted=f"a number above 0, or {_SCHEDULE}",
+        wanted="a number above 0",
         check=lambda value: is_schedule(value, is_positive),
     ),
     Key(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kd_recipes.errors import RunError
 from kd_recipes.training.precision import MasterWeights
@@ -30,11 +31,15 @@ def require_finite(loss: float, grad_norm: float, step: int) -> None:
 
 
 def apply_update(
-    weights: MasterWeights, optimizer: torch.optim.Optimizer, scheduler: Any, clip_grad_norm: float | None
+    weights: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    clip_grad_norm: float | None,
+    norm: Tensor,
 ) -> None:
-    """Clip, step, publish the weights, advance the learning rate, and drop the gradients."""
+    """Clip gradients of this norm, step, publish the weights, advance the learning rate, and drop the gradients."""
     if clip_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(weights.parameters, clip_grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(weights.parameters, clip_grad_norm, norm)
     optimizer.step()
     weights.publish()
     optimizer.zero_grad(set_to_none=True)
@@ -42,6 +47,6 @@ def apply_update(
         scheduler.step()
 
 
-def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     """The gradients' common 2-norm."""
-    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
