@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 from torchtune.data import padded_collate_packed, padded_collate_sft
 from torchtune.generation import generate
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import (
     DoRALinear,
@@ -36,9 +36,9 @@ from torchtune.modules.peft import (
 from torchtune.training import get_act_offloading_ctx_manager
 from torchtune.utils import get_logger
 
-from kd_recipes.batch import IGNORE_INDEX
+from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.signals import LinearLogits
+from kd_recipes.signals import DenseSignal, LinearLogits, Tap
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -144,6 +144,70 @@ def take_head(model: TransformerDecoder) -> Head:
     return Head(model.output, soft_cap)
 
 
+class Headless:
+    """A model whose head is left to the loss, and whose inner states are seen where ``taps`` ask for them.
+
+    Args:
+        model: a decoder, not compiled yet; it loses its head.
+        taps: places that it has.
+        compile_blocks: compile each block, but those whose attention is looked into.
+        recompute_activations: in the backward pass, each block's.
+        offload_activations: keep them in host memory (CUDA only).
+    """
+
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        taps: Collection[Tap] = (),
+        *,
+        compile_blocks: bool = False,
+        recompute_activations: bool = False,
+        offload_activations: bool = False,
+    ) -> None:
+        self._model = model
+        self._seen: dict[Tap, Tensor] = {}
+        self._is_watching = False
+        last = len(model.layers)
+        self._hidden = sorted(tap for tap in taps if tap.kind == "hidden" and tap.layer < last)
+        model.output_hidden_states = [tap.layer for tap in self._hidden]  # what goes into the block of this index
+        attention = [tap for tap in taps if tap.kind != "hidden"]
+        if compile_blocks:
+            training.compile_model(model, verbose=False)
+            for tap in attention:  # a hook inside a compiled block is none
+                model.layers[tap.layer - 1]._compiled_call_impl = None
+        for tap in attention:
+            projection = getattr(model.layers[tap.layer - 1].attn, f"{tap.kind[0]}_proj")
+            projection.register_forward_hook(lambda _module, _inputs, output, tap=tap: self._see(tap, output))
+        if recompute_activations:
+            training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        self._offloading = get_act_offloading_ctx_manager(model, offload_activations)
+        self._head = take_head(model)
+        if Tap(last) in taps:
+            model.unembed = self._see_last(last, model.unembed)
+
+    def _see(self, tap: Tap, output_BSD: Tensor) -> None:
+        if self._is_watching:  # and not computing it once more in the backward pass
+            self._seen[tap] = output_BSD
+
+    def _see_last(self, last: int, norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def see_then_norm(hidden_BSD: Tensor) -> Tensor:
+            self._see(Tap(last), hidden_BSD)
+            return norm(hidden_BSD)
+
+        return see_then_norm
+
+    def __call__(self, batch: Batch) -> DenseSignal:
+        """The model's distribution at each position, and its features."""
+        self._is_watching = True
+        with self._offloading:
+            output = self._model(batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS)
+        self._is_watching = False
+        *states, hidden_BSD = output if isinstance(output, list) else [output]
+        features = {**dict(zip(self._hidden, states, strict=True)), **self._seen}
+        self._seen = {}
+        return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)), features)
+
+
 @contextmanager
 def without_head(model: TransformerDecoder) -> Iterator[None]:
     """Make a model stop after its last block: the head is half the work of a small model, and a vocabulary wide."""
@@ -197,21 +261,6 @@ def freeze_all_but_adapters(model: TransformerDecoder) -> bool:
     return bool(adapters)
 
 
-def checkpoint_activations(model: TransformerDecoder) -> None:
-    """Recompute each block's activations in the backward pass."""
-    training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-
-
-def activation_offloading(model: TransformerDecoder, enabled: bool) -> AbstractContextManager[Any]:
-    """The context in which the student's forward pass runs; must be made before :func:`take_head`."""
-    return get_act_offloading_ctx_manager(model, enabled)  # type: ignore[no-any-return]
-
-
-def compile_blocks(model: TransformerDecoder) -> None:
-    """Compile each block in place."""
-    training.compile_model(model, verbose=False)
-
-
 # ---------------------------------------------------------------------------------------------------- checkpointers
 def load_checkpoint(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
     """Instantiate a torchtune checkpointer and load its model's weights.
@@ -239,18 +288,25 @@ class ModelSize:
         embed_dim: width of the residual stream.
         num_layers: blocks.
         max_seq_len: positions.
+        num_heads: of queries in the first block; 0 where its attention is none of torchtune's.
+        num_kv_heads: of keys and values.
     """
 
     num_rows: int
     embed_dim: int
     num_layers: int
     max_seq_len: int
+    num_heads: int = 0
+    num_kv_heads: int = 0
 
 
 def model_size(model: TransformerDecoder) -> ModelSize:
     """The sizes of a model, which may be on the meta device."""
     num_rows, embed_dim = model.tok_embeddings.weight.shape
-    return ModelSize(num_rows, embed_dim, len(model.layers), model.max_seq_len)
+    block = model.layers[0]
+    is_known = isinstance(block, TransformerSelfAttentionLayer) and isinstance(block.attn, MultiHeadAttention)
+    heads = (block.attn.num_heads, block.attn.num_kv_heads) if is_known else ()
+    return ModelSize(num_rows, embed_dim, len(model.layers), model.max_seq_len, *heads)
 
 
 def save_checkpoint(checkpointer: Any, contents: dict[str, Any], directory: Path, adapter_only: bool = False) -> None:

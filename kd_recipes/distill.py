@@ -19,17 +19,23 @@ from torchtune import training
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from kd_recipes import _torchtune
+from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
-from kd_recipes.losses import build_divergence, choose_objective
+from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, choose_objective
 from kd_recipes.monitoring.metrics import StepMeter, log
-from kd_recipes.parts import build, build_profiler, load_model
+from kd_recipes.parts import build, build_callable, build_profiler, load_model
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
-from kd_recipes.training.checkpoint import RunDirectory, load_optimizer, random_state, set_random_state
-from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader
+from kd_recipes.training.checkpoint import (
+    RunDirectory,
+    load_optimizer,
+    load_parameters,
+    random_state,
+    set_random_state,
+)
+from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader, weigh
 from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import DTYPES, MasterWeights, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, check_models, preflight
@@ -71,6 +77,10 @@ class DistillRecipe(FTRecipeInterface):
         sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if asks_teacher(cfg) else [])])
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
+        self._features = build_feature_terms("feature_losses", cfg.feature_losses)
+        self._features.connect(sizes[0], sizes[-1])
+        self._features.to(self._device)
+        self._token_weights = build_callable("token_weights", cfg.token_weights)
         self._schedules = {key: Schedule.of(cfg[key]) for key in ("kd_ratio", "temperature")}
         self._objective = choose_objective(
             build("loss", cfg.loss),
@@ -81,6 +91,7 @@ class DistillRecipe(FTRecipeInterface):
             label_smoothing=cfg.label_smoothing,
             num_ids=self._num_ids,
             chunk_size=cfg.chunk_size,
+            token_weights=self._token_weights,
         )
         self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
         self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
@@ -89,7 +100,9 @@ class DistillRecipe(FTRecipeInterface):
         self._build_optimizer([torch.nn.Parameter(torch.zeros(1, 1, device=self._device))])
         self.student = self._setup_student()
         self._teacher = self._setup_teacher()
-        self._weights = MasterWeights(self.student.trainable().values(), enabled=cfg.master_weights)
+        features = {f"feature_losses.{name}": p for name, p in self._features.named_parameters()}
+        self._trained = {**self.student.trainable(), **features}
+        self._weights = MasterWeights(self._trained.values(), enabled=cfg.master_weights)
         self._optimizer, self._scheduler = self._build_optimizer(self._weights.parameters)
         if cfg.resume_from_checkpoint:
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
@@ -137,6 +150,7 @@ class DistillRecipe(FTRecipeInterface):
             cfg.model,
             loaded.checkpointer,
             export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
+            taps=self._features.student_taps,
             recompute_activations=cfg.enable_activation_checkpointing,
             offload_activations=cfg.enable_activation_offloading,
             compile_blocks=cfg.compile,
@@ -149,9 +163,8 @@ class DistillRecipe(FTRecipeInterface):
         device = torch.device(cfg.teacher_device or cfg.device)
         dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
         loaded = load_model("teacher_model", cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
-        if cfg.compile:
-            _torchtune.compile_blocks(loaded.model)
-        return OnlineTeacher(self._parallel.shard(loaded.model))
+        model = self._parallel.shard(loaded.model)
+        return OnlineTeacher(model, self._features.teacher_taps, compile_blocks=cfg.compile)
 
     def train(self) -> None:
         """Run to the last step, then write the final student."""
@@ -171,16 +184,16 @@ class DistillRecipe(FTRecipeInterface):
     def _train_epoch(self, progress: Any) -> None:
         micro_batches = batches(self._loader, self._device, self._max_seq_len)
         meter = StepMeter()
-        for micros in accumulate(micro_batches, self._cfg.gradient_accumulation_steps):
+        weighed = weigh(micro_batches, self._token_weights)
+        for micros in accumulate(weighed, self._cfg.gradient_accumulation_steps):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             now = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
             objective = replace(self._objective, kd_ratio=now["kd_ratio"], temperature=now["temperature"])
             for batch in micros:
-                signal = self._teacher.signal(batch) if self._teacher and objective.needs_teacher else None
-                loss = objective(self.student(batch), signal, batch, max(num_tokens, 1))
+                loss = self._loss(objective, batch, max(num_tokens, 1))
                 loss.total.backward()
-                self._weights.collect_grads()
                 meter.add(loss)
+            self._weights.collect_grads()
             self.step += 1
             metrics = meter.finish(num_tokens, self._parallel.sum) | {f"objective/{key}": now[key] for key in now}
             self._update(metrics, num_tokens, progress)
@@ -193,6 +206,13 @@ class DistillRecipe(FTRecipeInterface):
             if ends_epoch or self.step == self.num_steps:
                 return
             meter = StepMeter()
+
+    def _loss(self, objective: Any, batch: Batch, num_tokens: int) -> LossSum:
+        asks_teacher = objective.needs_teacher or self._features.needs_teacher
+        signal = self._teacher.signal(batch) if self._teacher and asks_teacher else None
+        student = self.student(batch)
+        loss = objective(student, signal if objective.needs_teacher else None, batch, num_tokens)
+        return self._features(loss, student, signal, batch, num_tokens)  # type: ignore[no-any-return]
 
     def _update(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
         """Change the student by the gradients collected, unless they are of no use, and report the step."""
@@ -260,13 +280,13 @@ class DistillRecipe(FTRecipeInterface):
             "loader": self._loader.state_dict() if mid_epoch else None,
             "random": random_state(),
         }
-        self._run.save(self.step, self.student.weights(), state)
+        self._run.save(self.step, self._trained, state)
 
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
         weights, state = self._run.load(name)
         try:
-            self.student.load_weights(weights)
+            load_parameters(self._trained, weights)
             self._weights.load_state_dict(state["master_weights"])
             load_optimizer(self._optimizer, self._scheduler, state)
             if state["loader"] is not None:

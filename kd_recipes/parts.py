@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,18 @@ def build(key: str, section: DictConfig | None, *args: Any, **kwargs: Any) -> An
         raise
     except Exception as error:  # a component of the user's can raise anything
         raise ConfigError(Problem(key, section._component_, "one that can be built", one_line(error))) from error
+
+
+def build_callable(key: str, section: DictConfig | None) -> Any:
+    """As :func:`build`, but a function is not called: it is returned, with the section's settings as its arguments.
+
+    Raises:
+        ConfigError: as :func:`build`.
+    """
+    function = _torchtune.locate(section._component_) if section is not None else None
+    if section is None or not inspect.isfunction(function):
+        return build(key, section)
+    return partial(function, **{str(name): value for name, value in section.items() if name != "_component_"})
 
 
 def build_profiler(section: DictConfig | None) -> Any:

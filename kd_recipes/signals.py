@@ -8,8 +8,10 @@ the loss wants them, some tokens at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -106,15 +108,31 @@ def _set_to_product(out_nV: Tensor, input_nD: Tensor, weight_DV: Tensor) -> Tens
     return torch.mm(input_nD, weight_DV, out=out_nV)
 
 
+@dataclass(frozen=True, order=True)
+class Tap:
+    """A place inside a model.
+
+    Args:
+        layer: number of the block, from 1.
+        kind: ``hidden``, the residual stream after the block ``[B, S, D]``; or what its attention compares,
+            ``query``, ``key`` and ``value`` ``[B, S, heads * width]``, before positions are rotated into them.
+    """
+
+    layer: int
+    kind: Literal["hidden", "query", "key", "value"] = "hidden"
+
+
 @dataclass(frozen=True)
 class DenseSignal:
     """A model's whole distribution at each position.
 
     Args:
         logits: over all ids.
+        features: what was seen at the places that were asked for.
     """
 
     logits: LinearLogits
+    features: Mapping[Tap, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

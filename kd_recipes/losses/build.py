@@ -6,17 +6,17 @@ import inspect
 from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from kd_recipes import _torchtune
 from kd_recipes.batch import IGNORE_INDEX
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.losses.divergences import Differentiated, Divergence, ForwardKL
+from kd_recipes.losses.features import FeatureTerm, FeatureTerms
 from kd_recipes.losses.objective import Objective
 from kd_recipes.losses.torchtune_losses import TorchtuneObjective
-from kd_recipes.parts import build
+from kd_recipes.parts import build, build_callable
 
 
 def build_divergence(key: str, section: DictConfig | None) -> Any:
@@ -25,19 +25,36 @@ def build_divergence(key: str, section: DictConfig | None) -> Any:
     Raises:
         ConfigError: as :func:`~kd_recipes.parts.build`.
     """
-    function = _torchtune.locate(section._component_) if section is not None else None
-    if section is None or not inspect.isfunction(function):
-        return build(key, section)
-    settings = {str(name): value for name, value in section.items() if name != "_component_"}
-    return Differentiated(partial(function, **settings))
+    built = build_callable(key, section)
+    return Differentiated(built) if isinstance(built, partial) else built
 
 
-def choose_objective(loss: nn.Module | None, kd_loss: Any, **settings: Any) -> Objective | TorchtuneObjective:
+def build_feature_terms(key: str, sections: DictConfig | ListConfig | None) -> FeatureTerms:
+    """The terms that a ``feature_losses:`` section, or a list of them, names.
+
+    Raises:
+        ConfigError: as :func:`~kd_recipes.parts.build`, or one that is no term.
+    """
+    listed = [] if sections is None else list(sections) if isinstance(sections, ListConfig) else [sections]
+    terms = []
+    for index, section in enumerate(listed):
+        path = f"{key}[{index}]" if isinstance(sections, ListConfig) else key
+        term = build(path, section)
+        if not isinstance(term, FeatureTerm):
+            raise ConfigError(Problem(path, section._component_, "a kd_recipes.losses.FeatureTerm"))
+        terms.append(term)
+    return FeatureTerms(terms)
+
+
+def choose_objective(
+    loss: nn.Module | None, kd_loss: Any, *, token_weights: Any = None, **settings: Any
+) -> Objective | TorchtuneObjective:
     """The objective that a config's ``loss`` and ``kd_loss`` describe.
 
     Args:
         loss: a cross entropy of torchtune's signature; None for ours.
         kd_loss: a divergence of ours, or a module of torchtune's signature; None for forward KL.
+        token_weights: whatever gives the batches' tokens their weights; None where all weigh the same.
         settings: the fields of :class:`~kd_recipes.losses.objective.Objective` but the divergence.
 
     Raises:
@@ -58,8 +75,9 @@ def choose_objective(loss: nn.Module | None, kd_loss: Any, **settings: Any) -> O
     chunks = {part.num_output_chunks for part in (loss, kd_loss) if hasattr(part, "num_output_chunks")}
     if len(chunks) > 1:
         raise ConfigError(Problem("loss.num_output_chunks", chunks, "the same number as kd_loss.num_output_chunks"))
-    for key in ("teacher_temperature", "label_smoothing"):
-        if value := settings.pop(key, None):
+    lacking = {key: settings.pop(key, None) for key in ("teacher_temperature", "label_smoothing")}
+    for key, value in {**lacking, "token_weights": token_weights}.items():
+        if value:
             remedy = "Choose a kd_loss of kd_recipes.losses, which has it"
             raise ConfigError(Problem(key, value, "none beside torchtune's kd_loss", remedy))
     settings.pop("chunk_size", None)

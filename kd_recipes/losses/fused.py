@@ -28,6 +28,7 @@ _CHUNK_ELEMENTS = 1024 * 152_064
 # does not compile, and elsewhere: what keeps a device busy.
 _BLOCK_ELEMENTS_CPU = 2 * 152_064
 _BLOCK_ELEMENTS = 1 << 24
+_ROWS = 16_384  # of a weight's gradient that are computed at a time where they are rounded
 
 
 @dataclass(frozen=True)
@@ -208,11 +209,10 @@ class _Gradients:
                 torch.mm(grad_nV, weight_VD, out=total_TD[positions])
             elif total_TD is not None:
                 total_TD[positions] = grad_nV @ weight_VD
-        for index, input_TD in enumerate(self._logits.inputs):
+        for index, (input_TD, weight_VD) in enumerate(zip(self._logits.inputs, self._logits.weights, strict=True)):
             if self._needs_weight[index]:
-                # the first product is kept as it is: most batches are a few chunks, and a head's gradient is large
-                total_VD, factors = self._weights[index], (grad_nV.t(), input_TD[positions])
-                self._weights[index] = torch.mm(*factors) if total_VD is None else total_VD.addmm_(*factors)
+                factors = grad_nV.t(), input_TD[positions]
+                self._weights[index] = _add_product(self._weights[index], *factors, _gradient_dtype(weight_VD))
         if self._bias is not None:
             self._bias += grad_nV.sum(0)
         if self._given is not None:
@@ -226,6 +226,25 @@ class _Gradients:
             for weight, needed, total in zip(self._logits.weights, self._needs_weight, self._weights, strict=True)
         ]
         return [*self._inputs, *weights, self._bias, self._given]
+
+
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Of the gradient that a weight wants, which may have more digits than the weight."""
+    wanted = weight.grad_dtype if weight.is_leaf else None
+    return wanted or weight.dtype
+
+
+def _add_product(total_VD: Tensor | None, grad_Vn: Tensor, input_nD: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + grad @ input`` in a dtype, in place; products of bf16 are rounded before they are added to float32."""
+    if dtype is grad_Vn.dtype:
+        # the first product is kept as it is: most batches are a few chunks, and a head's gradient is large
+        return torch.mm(grad_Vn, input_nD) if total_VD is None else total_VD.addmm_(grad_Vn, input_nD)
+    if total_VD is None:
+        total_VD = torch.zeros(len(grad_Vn), input_nD.shape[1], dtype=dtype, device=grad_Vn.device)
+    for start in range(0, len(grad_Vn), _ROWS):  # no second matrix of this size
+        block = slice(start, start + _ROWS)
+        total_VD[block] += grad_Vn[block] @ input_nD
+    return total_VD
 
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

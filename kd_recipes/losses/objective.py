@@ -22,6 +22,7 @@ from kd_recipes.losses.rows import TOKEN_VALUES, Terms
 from kd_recipes.signals import DenseSignal, SparseSignal
 
 _WITHOUT_TEACHER = ("cross_entropy", "accuracy")
+QUALITIES = tuple(name for name in TOKEN_VALUES if name not in ("total", "cross_entropy", "divergence"))
 
 
 @dataclass(frozen=True)

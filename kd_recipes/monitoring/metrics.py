@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_recipes.losses import LossSum
+from kd_recipes.losses import QUALITIES, LossSum
 
 
 class StepMeter:
@@ -43,7 +43,7 @@ class StepMeter:
 
 
 def _tag(name: str) -> str:
-    return f"{'loss' if name in ('cross_entropy', 'divergence') else 'quality'}/{name}"
+    return f"{'quality' if name in QUALITIES else 'loss'}/{name}"
 
 
 def log(logger: Any, prefix: str, metrics: Mapping[str, float], step: int) -> None:

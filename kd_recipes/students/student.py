@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.signals import DenseSignal
+from kd_recipes.signals import DenseSignal, Tap
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in the names of blocks whose activations are recomputed
 
@@ -25,6 +26,7 @@ class Student:
         model_cfg: the section that built it; its LoRA settings say how to merge.
         checkpointer: the torchtune checkpointer that loaded it; it writes in the form that it read.
         export_dtype: of the weights that :meth:`export` writes.
+        taps: places inside it whose features its signal carries.
         recompute_activations: trade a second forward pass of each block for its activations' memory.
         offload_activations: keep them in host memory (CUDA only).
         compile_blocks: compile each block.
@@ -37,6 +39,7 @@ class Student:
         checkpointer: Any,
         *,
         export_dtype: torch.dtype,
+        taps: Collection[Tap] = (),
         recompute_activations: bool = False,
         offload_activations: bool = False,
         compile_blocks: bool = False,
@@ -46,40 +49,22 @@ class Student:
         self._model_cfg = model_cfg
         self._checkpointer = checkpointer
         self._export_dtype = export_dtype
-        if compile_blocks:
-            _torchtune.compile_blocks(model)
-        if recompute_activations:
-            _torchtune.checkpoint_activations(model)
-        self._offloading = _torchtune.activation_offloading(model, offload_activations)
-        self._head = _torchtune.take_head(model)
+        self._headless = _torchtune.Headless(
+            model,
+            taps,
+            compile_blocks=compile_blocks,
+            recompute_activations=recompute_activations,
+            offload_activations=offload_activations,
+        )
 
     def __call__(self, batch: Batch) -> DenseSignal:
         """The student's distribution at each position."""
-        with self._offloading:
-            hidden_BSD = self.model(batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS)
-        return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)))
+        return self._headless(batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that a step changes, by name."""
         named = ((name.replace(_CHECKPOINT_WRAPPER, ""), p) for name, p in self.model.named_parameters())
         return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-    def weights(self) -> dict[str, Tensor]:
-        """What :meth:`load_weights` takes back."""
-        return {name: parameter.detach() for name, parameter in self.trainable().items()}
-
-    @torch.no_grad()
-    def load_weights(self, saved: dict[str, Tensor]) -> None:
-        """Take saved weights back.
-
-        Raises:
-            KeyError: they are not of the same parameters.
-        """
-        trainable = self.trainable()
-        if trainable.keys() != saved.keys():
-            raise KeyError(f"saved and trainable parameters differ: {sorted(trainable.keys() ^ saved.keys())[:3]} …")
-        for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
 
     def export(self, directory: Path, *, adapter_only: bool = False) -> None:
         """Write the student as its checkpointer does: for HF checkpoints a directory that transformers loads.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.signals import DenseSignal
+from kd_recipes.signals import DenseSignal, Tap
 
 
 class OnlineTeacher:
@@ -15,17 +17,17 @@ class OnlineTeacher:
 
     Args:
         model: with its weights; it loses its head to the signal.
+        taps: places inside it whose features its signal carries.
+        compile_blocks: compile each block.
     """
 
-    def __init__(self, model: TransformerDecoder) -> None:
+    def __init__(self, model: TransformerDecoder, taps: Collection[Tap] = (), *, compile_blocks: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._head = _torchtune.take_head(model)
+        self._headless = _torchtune.Headless(model, taps, compile_blocks=compile_blocks)
         self._device = next(model.parameters()).device
         self.num_rows = _torchtune.model_size(model).num_rows
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at each position; it stays on the teacher's device until the loss asks for it."""
-        here = batch.to(self._device)
-        hidden_BSD = self.model(here.tokens_BS, mask=here.mask_BSS, input_pos=here.input_pos_BS)
-        return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)))
+        return self._headless(batch.to(self._device))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.storage import atomic_directory, explain_disk_errors, read_safetensors_header
@@ -69,14 +69,16 @@ class RunDirectory:
         """The checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
 
-    def save(self, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint; only when it is whole are others deleted: older ones, and those of later steps.
 
         A run that went back to an earlier step takes another way from there, and later steps are not of it.
         """
         new = self.path / "checkpoints" / f"step_{step:08d}"
         with atomic_directory(new) as directory:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, directory / _WEIGHTS)
+            save_file(
+                {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}, directory / _WEIGHTS
+            )
             with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
                 torch.save(state, file)
         found = self.checkpoints()
@@ -123,6 +125,19 @@ class RunDirectory:
         return ConfigError(
             Problem("resume_from_checkpoint", str(directory), f"a checkpoint that is whole ({why})", remedy)
         )
+
+
+@torch.no_grad()
+def load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+    """Take saved weights back, in place.
+
+    Raises:
+        KeyError: they are not of the same parameters.
+    """
+    if parameters.keys() != saved.keys():
+        raise KeyError(f"saved and trainable parameters differ: {sorted(parameters.keys() ^ saved.keys())[:3]} …")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -80,6 +82,22 @@ def batches(loader: Iterable[Any], device: torch.device, max_seq_len: int) -> It
             remedy = f"Set tokenizer.max_seq_len={max_seq_len} to cut longer ones"
             raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
         yield shift_labels(collated).to(device)
+
+
+def weigh(batches: Iterable[Batch], token_weights: Callable[[Batch], Any] | None) -> Iterator[Batch]:
+    """The batches with weights of their tokens.
+
+    Raises:
+        ConfigError: the function returns no such weights.
+    """
+    for batch in batches:
+        if token_weights is not None:
+            weights_BS, shape = token_weights(batch), batch.labels_BS.shape
+            got = f"{list(weights_BS.shape)}" if isinstance(weights_BS, Tensor) else type(weights_BS).__name__
+            if not isinstance(weights_BS, Tensor) or weights_BS.shape != shape:
+                raise ConfigError(Problem("token_weights", got, f"a tensor {list(shape)}, a weight for each token"))
+            batch = replace(batch, weights_BS=weights_BS.detach().to(batch.labels_BS.device))
+        yield batch
 
 
 def accumulate(batches: Iterable[Batch], num_micro_batches: int) -> Iterator[list[Batch]]:

@@ -67,14 +67,13 @@ class MasterWeights:
             for weight in self._weights
         ]
         self._pairs = [(w, m) for w, m in zip(self._weights, self.parameters, strict=True) if w is not m]
+        for weight, _ in self._pairs:
+            weight.grad_dtype = torch.float32  # autograd adds up micro-batches, and the loss its chunks, unrounded
 
     def collect_grads(self) -> None:
-        """Add the model's gradients to the copies' in float32; after each micro-batch, so that none is rounded away."""
+        """Hand the model's gradients to the copies; before each update."""
         for weight, master in self._pairs:
-            if weight.grad is not None:
-                grad = weight.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                weight.grad = None
+            master.grad, weight.grad = weight.grad, None
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -140,7 +140,11 @@ def _vocab_json(file: Path) -> dict[str, int]:
 
 def asks_teacher(cfg: DictConfig) -> bool:
     """Whether the run has a use for its teacher: in the objective, or to be compared with on held-out data."""
-    return cfg.teacher_model is not None and (Schedule.of(cfg.kd_ratio).largest > 0 or cfg.eval_dataset is not None)
+    return cfg.teacher_model is not None and (_needs_teacher(cfg) or cfg.eval_dataset is not None)
+
+
+def _needs_teacher(cfg: DictConfig) -> bool:
+    return Schedule.of(cfg.kd_ratio).largest > 0 or cfg.feature_losses is not None
 
 
 def _checkpointers(cfg: DictConfig) -> list[str]:
@@ -165,11 +169,12 @@ def _device_problems(cfg: DictConfig) -> Iterator[Problem]:
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
     parts = ("teacher_model", "teacher_checkpointer")
     absent = [part for part in parts if cfg[part] is None]
-    if Schedule.of(cfg.kd_ratio).largest > 0 or len(absent) == 1:
+    reason, remedy = f"kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"
+    if cfg.feature_losses is not None:
+        reason, remedy = "feature_losses compare the student with it", f"Leave them out; {remedy}"
+    if _needs_teacher(cfg) or len(absent) == 1:
         for part in absent:
-            yield Problem(
-                part, None, f"a teacher, since kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"
-            )
+            yield Problem(part, None, f"a teacher, since {reason}", remedy)
 
 
 def _effect_problems(cfg: DictConfig) -> Iterator[Problem]:

@@ -70,6 +70,17 @@ KEYS = (
     Key(
         "chunk_size", "int", wanted="tokens whose logits exist at a time, above 0; chosen by default", check=is_positive
     ),
+    Key(
+        "feature_losses",
+        "components",
+        wanted="terms that compare hidden states or attention: kd_recipes.losses.HiddenStates, AttentionRelations",
+    ),
+    Key(
+        "token_weights",
+        "component",
+        wanted="a function of a Batch that returns what each position's part of the objective is multiplied by",
+        function_args=1,
+    ),
     # optimizer
     Key("optimizer", "component", required=True, args=1),
     Key("lr_scheduler", "component", args=1, kwargs=("num_training_steps", "last_epoch")),

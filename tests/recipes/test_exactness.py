@@ -29,10 +29,10 @@ def _chat(toys: Toys) -> dict[str, Any]:
 def _train(config: Path, *overrides: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The student's weights before and after a run."""
     recipe = prepare(config, *overrides)
-    before = {name: tensor.clone() for name, tensor in recipe.student.weights().items()}
+    before = {name: tensor.detach().clone() for name, tensor in recipe.student.trainable().items()}
     recipe.train()
     recipe.cleanup()
-    return before, recipe.student.weights()
+    return before, recipe.student.trainable()
 
 
 # plain SGD: Adam would hide a gradient of the wrong size
@@ -74,7 +74,7 @@ def _state(recipe: DistillRecipe) -> dict[str, Any]:
     """Everything that decides how a run goes on."""
     optimizer = recipe._optimizer.state_dict()
     return {
-        "weights": recipe.student.weights(),
+        "weights": recipe.student.trainable(),
         "optimizer": optimizer["state"],
         "lr": [group["lr"] for group in optimizer["param_groups"]],
         "scheduler": recipe._scheduler.state_dict() if recipe._scheduler else None,
