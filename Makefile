@@ -36,10 +36,11 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: quickstart  ## compare the student with those of other objectives, and the loss with other implementations
+bench: quickstart  ## compare objectives by their students, and loss and training step with other implementations
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python tests/benchmarks/loss_stage.py
+	$(BIN)/python tests/benchmarks/training_step.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

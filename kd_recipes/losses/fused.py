@@ -28,7 +28,7 @@ _CHUNK_ELEMENTS = 1024 * 152_064
 # does not compile, and elsewhere: what keeps a device busy.
 _BLOCK_ELEMENTS_CPU = 2 * 152_064
 _BLOCK_ELEMENTS = 1 << 24
-_ROWS = 16_384  # of a weight's gradient that are computed at a time where they are rounded
+_ROWS = 16_384  # of a weight's gradient that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -235,15 +235,20 @@ def _gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _add_product(total_VD: Tensor | None, grad_Vn: Tensor, input_nD: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + grad @ input`` in a dtype, in place; products of bf16 are rounded before they are added to float32."""
-    if dtype is grad_Vn.dtype:
-        # the first product is kept as it is: most batches are a few chunks, and a head's gradient is large
-        return torch.mm(grad_Vn, input_nD) if total_VD is None else total_VD.addmm_(grad_Vn, input_nD)
+    """``total + grad @ input`` in a dtype, in place, a block of ids at a time.
+
+    A product of bf16 that is added to float32 is rounded before, and CPUs compute one into a float32 copy of all of it.
+    """
+    is_first = total_VD is None
     if total_VD is None:
-        total_VD = torch.zeros(len(grad_Vn), input_nD.shape[1], dtype=dtype, device=grad_Vn.device)
-    for start in range(0, len(grad_Vn), _ROWS):  # no second matrix of this size
-        block = slice(start, start + _ROWS)
-        total_VD[block] += grad_Vn[block] @ input_nD
+        total_VD = torch.empty(len(grad_Vn), input_nD.shape[1], dtype=dtype, device=grad_Vn.device)
+    for total_vD, grad_vn in zip(total_VD.split(_ROWS), grad_Vn.split(_ROWS), strict=True):
+        if dtype is not grad_Vn.dtype:
+            total_vD.copy_(grad_vn @ input_nD) if is_first else total_vD.add_(grad_vn @ input_nD)
+        elif is_first:
+            torch.mm(grad_vn, input_nD, out=total_vD)
+        else:
+            total_vD.addmm_(grad_vn, input_nD)
     return total_VD
 
 
