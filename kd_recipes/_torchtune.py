@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 from torchtune.data import padded_collate_packed, padded_collate_sft
 from torchtune.generation import generate
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.common_utils import local_kv_cache
@@ -208,6 +209,20 @@ class Headless:
         return DenseSignal(self._head.logits(hidden_BSD.flatten(0, 1)), features)
 
 
+def modules_to_shard(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The blocks of a decoder, and modules of these names, innermost first; the head is left to the root."""
+    named = reversed(list(model.named_modules()))
+    return [module for name, module in named if name and training.get_shard_conditions(name, module, list(names))]
+
+
+def compute_positions(model: nn.Module, device: torch.device) -> None:
+    """Compute the tables of rotations again, which are in no checkpoint, after a model was on the meta device."""
+    with device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()  # type: ignore[operator]
+
+
 @contextmanager
 def without_head(model: TransformerDecoder) -> Iterator[None]:
     """Make a model stop after its last block: the head is half the work of a small model, and a vocabulary wide."""
@@ -303,9 +318,10 @@ class ModelSize:
 def model_size(model: TransformerDecoder) -> ModelSize:
     """The sizes of a model, which may be on the meta device."""
     num_rows, embed_dim = model.tok_embeddings.weight.shape
-    block = model.layers[0]
-    is_known = isinstance(block, TransformerSelfAttentionLayer) and isinstance(block.attn, MultiHeadAttention)
-    heads = (block.attn.num_heads, block.attn.num_kv_heads) if is_known else ()
+    attentions = [getattr(block, "attn", None) for block in model.layers]
+    is_known = all(isinstance(attention, (MultiHeadAttention, Gemma2Attention)) for attention in attentions)
+    first: Any = attentions[0]
+    heads = (first.num_heads, first.num_kv_heads) if is_known else ()
     return ModelSize(num_rows, embed_dim, len(model.layers), model.max_seq_len, *heads)
 
 
@@ -331,15 +347,15 @@ def save_checkpoint(checkpointer: Any, contents: dict[str, Any], directory: Path
     written.rmdir()
 
 
-def merged_student(model: TransformerDecoder, model_cfg: DictConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What :func:`save_checkpoint` takes, for a full or an adapted model; the live model is not touched.
+def merged_student(weights: Mapping[str, Tensor], model_cfg: DictConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What :func:`save_checkpoint` takes, for a full or an adapted model; the weights are not touched.
 
     Args:
-        model: the student.
+        weights: the student's state, whole.
         model_cfg: the section that built it; its LoRA settings say how to merge.
         dtype: of the weights to be written; a merge is computed in the model's own.
     """
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     adapter_state = {name: tensor.clone() for name, tensor in get_adapter_state_dict(state).items()}
     if not adapter_state:
         return {training.MODEL_KEY: {name: tensor.to(dtype) for name, tensor in state.items()}}

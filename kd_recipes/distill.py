@@ -24,7 +24,7 @@ from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
 from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, choose_objective
 from kd_recipes.monitoring.metrics import StepMeter, log
-from kd_recipes.parts import build, build_callable, build_profiler, load_model
+from kd_recipes.parts import CHECKPOINTERS, Loaded, build, build_callable, build_profiler, load_model
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
@@ -35,8 +35,8 @@ from kd_recipes.training.checkpoint import (
     random_state,
     set_random_state,
 )
-from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader, weigh
-from kd_recipes.training.parallel import Parallel
+from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader, mask_repeated, seek, weigh
+from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, MasterWeights, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, check_models, preflight
 from kd_recipes.training.schedules import Schedule
@@ -57,14 +57,14 @@ class DistillRecipe(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._parallel = Parallel.from_environment()
         preflight(cfg)
         self._cfg = cfg
-        self._device = torch.device(cfg.device)
+        self._device = local_device(cfg.device)
+        self._parallel = Parallel.start(self._device, shard_size=cfg.shard_size, timeout=cfg.distributed_timeout)
         self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
         if cfg.dtype == "auto" and cfg.resume_from_checkpoint:  # what was measured once holds for the whole run
             cfg.dtype = self._run.recorded_dtype or "auto"
-        self._dtype = resolve_dtype(cfg.dtype, self._device)
+        self._dtype = self._parallel.each(resolve_dtype(cfg.dtype, self._device))[0]  # as measured by the main process
         cfg.dtype = dtype_name(self._dtype)
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.step = 0
@@ -80,6 +80,7 @@ class DistillRecipe(FTRecipeInterface):
         self._features = build_feature_terms("feature_losses", cfg.feature_losses)
         self._features.connect(sizes[0], sizes[-1])
         self._features.to(self._device)
+        self._parallel.replicate(self._features)
         self._token_weights = build_callable("token_weights", cfg.token_weights)
         self._schedules = {key: Schedule.of(cfg[key]) for key in ("kd_ratio", "temperature")}
         self._objective = choose_objective(
@@ -91,26 +92,33 @@ class DistillRecipe(FTRecipeInterface):
             label_smoothing=cfg.label_smoothing,
             num_ids=self._num_ids,
             chunk_size=cfg.chunk_size,
-            token_weights=self._token_weights,
+            token_weights=cfg.token_weights,
         )
         self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
         self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
+        next(weigh(batches(self._loader, self._device, self._max_seq_len), self._token_weights))  # or an error in it
         self._steps_per_epoch = self._count_steps(len(self._loader))
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
-        self._build_optimizer([torch.nn.Parameter(torch.zeros(1, 1, device=self._device))])
+        self._build_optimizer([[torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]])
         self.student = self._setup_student()
         self._teacher = self._setup_teacher()
         features = {f"feature_losses.{name}": p for name, p in self._features.named_parameters()}
         self._trained = {**self.student.trainable(), **features}
         self._weights = MasterWeights(self._trained.values(), enabled=cfg.master_weights)
-        self._optimizer, self._scheduler = self._build_optimizer(self._weights.parameters)
+        num_student = len(self._trained) - len(features)
+        groups = [self._weights.parameters[:num_student], self._weights.parameters[num_student:]]
+        self._optimizer, self._scheduler = self._build_optimizer([group for group in groups if group])
         if cfg.resume_from_checkpoint:
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
         self._profiler = build_profiler(cfg.profiler)
-        self._logger = build("metric_logger", cfg.metric_logger)
         if self._parallel.is_main:
+            self._logger = build("metric_logger", cfg.metric_logger)
             self._run.open(cfg)
             self._logger.log_config(cfg)
+
+    @property
+    def _samples_per_step(self) -> int:
+        return int(self._cfg.batch_size * self._cfg.gradient_accumulation_steps) * self._parallel.world_size
 
     @property
     def num_steps(self) -> int:
@@ -125,8 +133,8 @@ class DistillRecipe(FTRecipeInterface):
             raise ConfigError(Problem("dataset", got, wanted, "Lower batch_size or gradient_accumulation_steps"))
         return min(steps, int(self._cfg.max_steps_per_epoch or steps))
 
-    def _build_optimizer(self, parameters: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = build("optimizer", self._cfg.optimizer, parameters)
+    def _build_optimizer(self, groups: list[list[torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = build("optimizer", self._cfg.optimizer, [{"params": group} for group in groups])
         arguments = {"num_training_steps": self.num_steps, "last_epoch": -1}
         return optimizer, build("lr_scheduler", self._cfg.lr_scheduler, optimizer, **arguments)
 
@@ -139,14 +147,16 @@ class DistillRecipe(FTRecipeInterface):
             shuffle=shuffle,
             seed=self._seed,
             padding_idx=self._tokenizer.pad_id,
-            parallel=self._parallel,
+            rank=self._parallel.rank,
+            world_size=self._parallel.world_size,
         )
 
     def _setup_student(self) -> Student:
         cfg = self._cfg
-        loaded = load_model("model", cfg.model, cfg.checkpointer, dtype=self._dtype, device=self._device)
-        return Student(
-            self._parallel.shard(loaded.model),
+        keeps_masters = self._parallel.world_size > 1 and cfg.master_weights  # FSDP computes in the dtype asked for
+        loaded = self._load("model", torch.float32 if keeps_masters else self._dtype, self._parallel.world_size > 1)
+        student = Student(
+            loaded.model,
             cfg.model,
             loaded.checkpointer,
             export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
@@ -155,16 +165,35 @@ class DistillRecipe(FTRecipeInterface):
             offload_activations=cfg.enable_activation_offloading,
             compile_blocks=cfg.compile,
         )
+        self._parallel.shard(student.model, self._sharding(self._dtype))
+        return student
+
+    def _load(self, key: str, dtype: torch.dtype, is_split: bool) -> Loaded:
+        """A model with its weights; one that is to be split is in the main process's host memory alone."""
+        sections = (self._cfg[key], self._cfg[CHECKPOINTERS[key]])
+        device = torch.device("cpu") if is_split else local_device(self._device_name(key))
+        return load_model(key, *sections, dtype=dtype, device=device, is_main=self._parallel.is_main or not is_split)
+
+    def _device_name(self, key: str) -> str:
+        return str((self._cfg.teacher_device if key == "teacher_model" else None) or self._cfg.device)
+
+    def _sharding(self, dtype: torch.dtype) -> Sharding:
+        cfg = self._cfg
+        layers = tuple(cfg.custom_sharded_layers or ())
+        return Sharding(dtype, cfg.fsdp_reshard_after_forward, layers, cfg.fsdp_cpu_offload)
 
     def _setup_teacher(self) -> OnlineTeacher | None:
         cfg = self._cfg
         if not asks_teacher(cfg):
             return None
-        device = torch.device(cfg.teacher_device or cfg.device)
+        device = local_device(self._device_name("teacher_model"))
         dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
-        loaded = load_model("teacher_model", cfg.teacher_model, cfg.teacher_checkpointer, dtype=dtype, device=device)
-        model = self._parallel.shard(loaded.model)
-        return OnlineTeacher(model, self._features.teacher_taps, compile_blocks=cfg.compile)
+        is_split = self._parallel.world_size > 1 and cfg.shard_teacher
+        loaded = self._load("teacher_model", dtype, is_split)
+        teacher = OnlineTeacher(loaded.model, device, self._features.teacher_taps, compile_blocks=cfg.compile)
+        if is_split:
+            self._parallel.shard(teacher.model, self._sharding(dtype))
+        return teacher
 
     def train(self) -> None:
         """Run to the last step, then write the final student."""
@@ -194,6 +223,7 @@ class DistillRecipe(FTRecipeInterface):
                 loss.total.backward()
                 meter.add(loss)
             self._weights.collect_grads()
+            self._parallel.sum_grads(self._features.parameters())
             self.step += 1
             metrics = meter.finish(num_tokens, self._parallel.sum) | {f"objective/{key}": now[key] for key in now}
             self._update(metrics, num_tokens, progress)
@@ -242,11 +272,12 @@ class DistillRecipe(FTRecipeInterface):
             return
         self.student.model.eval()
         limit = self._cfg.max_eval_batches or len(self._eval_loader)
+        held_out_batches = batches(self._eval_loader, self._device, self._max_seq_len)
         held_out = evaluate_held_out(
             self.student,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                islice(batches(self._eval_loader, self._device, self._max_seq_len), limit),
+                islice(mask_repeated(held_out_batches, self._eval_loader), limit),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,
@@ -269,52 +300,60 @@ class DistillRecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
-        mid_epoch = self.step % self._steps_per_epoch != 0
         state = {
             "step": self.step,
             "seed": self._seed,
             "best": self._best,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._parallel.gather(self._optimizer.state_dict()),
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
-            "master_weights": self._weights.state_dict(),
-            "loader": self._loader.state_dict() if mid_epoch else None,
-            "random": random_state(),
+            "num_samples": self.step % self._steps_per_epoch * self._samples_per_step,
+            "random": self._parallel.each(random_state()),
         }
-        self._run.save(self.step, self._trained, state)
+        weights = self._parallel.gather(dict(zip(self._trained, self._weights.parameters, strict=True)))
+        if self._parallel.is_main:
+            self._run.save(self.step, weights, state)
+        self._parallel.barrier()
 
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
         weights, state = self._run.load(name)
         try:
-            load_parameters(self._trained, weights)
-            self._weights.load_state_dict(state["master_weights"])
+            load_parameters(dict(zip(self._trained, self._weights.parameters, strict=True)), weights)
+            self._weights.publish()
             load_optimizer(self._optimizer, self._scheduler, state)
-            if state["loader"] is not None:
-                self._loader.load_state_dict(state["loader"])
+            seek(self._loader, state["num_samples"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what torch's parts raise, each its own
             wanted = "a checkpoint of the same model, optimizer and data"
             raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error
         self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
         self._loader.sampler.seed = self._seed  # of a run with `seed: null`
-        set_random_state(state["random"])
+        if len(state["random"]) == self._parallel.world_size:  # else each process goes on from its own seed
+            set_random_state(state["random"][self._parallel.rank])
 
     def _export(self, name: str) -> None:
-        with atomic_directory(self._run.path / name) as directory:
-            self.student.export(directory, adapter_only=self._cfg.save_adapter_weights_only)
-            metrics: dict[str, float] = {"step": self.step}
-            if self.step in self._history:
-                metrics |= self._history[self.step].metrics()
-            write_json(directory / "held_out.json", metrics)
+        weights = self._parallel.gather(self.student.model.state_dict())
+        if self._parallel.is_main:
+            with atomic_directory(self._run.path / name) as directory:
+                self.student.export(weights, directory, adapter_only=self._cfg.save_adapter_weights_only)
+                metrics: dict[str, float] = {"step": self.step}
+                if self.step in self._history:
+                    metrics |= self._history[self.step].metrics()
+                write_json(directory / "held_out.json", metrics)
+        self._parallel.barrier()
 
     def _finish(self) -> None:
         self._export("final")
+        if not self._parallel.is_main:
+            return
         print(f"Student after {self.step} steps: {self._run.path / 'final'}")
         if self._eval_loader is not None:
             print(f"Best student by held-out {self._cfg.best_metric}: {self._run.path / 'best'}")
 
     def cleanup(self) -> None:
-        """Flush the metric logger."""
-        self._logger.close()
+        """Flush the metric logger, and part from the other processes."""
+        if self._parallel.is_main:
+            self._logger.close()
+        self._parallel.stop()
 
 
 def main(cfg: DictConfig) -> None:

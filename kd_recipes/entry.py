@@ -68,10 +68,10 @@ def recipe_module(name: str) -> Any:
     return importlib.import_module(f"kd_recipes.{name}")
 
 
-def _require_one_process() -> None:
+def _require_one_process(recipe: str) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1:  # each would do the whole job, and write over what the others write
-        wanted = "1: sharding over several processes comes with a later release"
+    if num_processes > 1 and recipe != "distill":  # each would do the whole job, and write over what the others write
+        wanted = f"1: `{recipe}` runs in a single process"
         raise ConfigError(Problem("--nproc_per_node", num_processes, wanted, "Leave the torchrun options out"))
 
 
@@ -92,10 +92,10 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
     if options.config is None and not options.help:
         parser.error("the following arguments are required: --config")
     try:
-        _require_one_process()
         cfg = load(options.config, overrides) if options.config is not None else DictConfig({})
         name = choose_recipe(name, cfg)
         recipe = recipe_module(name)
+        _require_one_process(name)
         if options.help:
             print(_help(name, recipe))
             return 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,8 @@ class Problem:
     """One thing wrong with the input.
 
     Args:
-        key: dotted path of the setting, as the user writes it (``optimizer.lr``).
+        key: dotted path of the setting, as the user writes it (``optimizer.lr``); one that begins with a dot is of a
+            section whose name :func:`within` knows.
         got: the value found there.
         wanted: what would have been valid.
         remedy: what to do about it; empty where ``wanted`` says it all.
@@ -44,6 +47,19 @@ def one_line(error: Exception) -> str:
     """What an exception says, with its type where that is needed to understand it (``KeyError('text')``)."""
     text = " ".join(str(error).split())
     return text if len(text.split()) > 1 else f"{type(error).__name__}: {text}"
+
+
+def within(section: str, check: Callable[[], T]) -> T:
+    """The result of a check that does not know which section its settings come from.
+
+    Raises:
+        ConfigError: the check's own, with whole keys.
+    """
+    try:
+        return check()
+    except ConfigError as error:
+        whole = (replace(p, key=section + p.key) if p.key.startswith(".") else p for p in error.problems)
+        raise ConfigError(*whole) from error
 
 
 def gather(*checks: Callable[[], Any]) -> list[Any]:

@@ -29,7 +29,6 @@ from kd_recipes.signals import DenseSignal
 from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.data import batches, build_dataset, build_loader
-from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import DTYPES, dtype_name, is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer, token_ids
 
@@ -115,7 +114,6 @@ def _text(cfg: DictConfig, tokenizer: Any, device: torch.device) -> list[Batch]:
         shuffle=False,
         seed=0,
         padding_idx=tokenizer.pad_id,
-        parallel=Parallel(),
     )
     return list(islice(batches(loader, device, sys.maxsize), cfg.max_batches))
 
@@ -140,7 +138,7 @@ def _measure(
         wanted = f"at most {decoder.max_seq_len}, the max_seq_len of models.{name}"
         raise ConfigError(Problem("dataset", f"a sequence of {longest} tokens", wanted, "Set tokenizer.max_seq_len"))
     continuation = _continue(decoder, tokenizer, cfg.prompt, cfg.max_new_tokens)
-    model = OnlineTeacher(decoder)
+    model = OnlineTeacher(decoder, device)
     progress = tqdm(text, desc=name, unit="batch")
     num_ids = min(model.num_rows, (teacher or model).num_rows)
 

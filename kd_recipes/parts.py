@@ -86,7 +86,7 @@ class Loaded:
 
     Args:
         model: in the dtype asked for.
-        checkpointer: the torchtune checkpointer that read the weights, and can write them.
+        checkpointer: the torchtune checkpointer that read the weights, and can write them; None where nothing was read.
         file_dtype: of the weights in the file.
     """
 
@@ -110,13 +110,29 @@ def build_model(key: str, section: DictConfig, *, dtype: torch.dtype, device: to
 
 
 def load_model(
-    key: str, model: DictConfig, checkpointer: DictConfig, *, dtype: torch.dtype, device: torch.device
+    key: str,
+    model: DictConfig,
+    checkpointer: DictConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_main: bool = True,
 ) -> Loaded:
     """Build a model and load its weights.
+
+    Args:
+        key: of the model's section.
+        model: its section.
+        checkpointer: of its weights.
+        dtype: of the model.
+        device: of the model.
+        is_main: a process that is not reads nothing: its model is on the meta device.
 
     Raises:
         ConfigError: the model cannot be built, or is not the one that the checkpoint holds.
     """
+    if not is_main:
+        return Loaded(build_model(key, model, dtype=dtype, device=torch.device("meta")), None, dtype)
     decoder = build_model(key, model, dtype=dtype, device=device)
     try:
         reader, state = _torchtune.load_checkpoint(checkpointer)

@@ -108,6 +108,9 @@ def _set_to_product(out_nV: Tensor, input_nD: Tensor, weight_DV: Tensor) -> Tens
     return torch.mm(input_nD, weight_DV, out=out_nV)
 
 
+Kind = Literal["hidden", "query", "key", "value"]
+
+
 @dataclass(frozen=True, order=True)
 class Tap:
     """A place inside a model.
@@ -119,7 +122,7 @@ class Tap:
     """
 
     layer: int
-    kind: Literal["hidden", "query", "key", "value"] = "hidden"
+    kind: Kind = "hidden"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from kd_recipes.batch import IGNORE_INDEX
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, gather, within
 from kd_recipes.losses.divergences import Differentiated, Divergence, ForwardKL
 from kd_recipes.losses.features import FeatureTerm, FeatureTerms
 from kd_recipes.losses.objective import Objective
@@ -35,15 +35,19 @@ def build_feature_terms(key: str, sections: DictConfig | ListConfig | None) -> F
     Raises:
         ConfigError: as :func:`~kd_recipes.parts.build`, or one that is no term.
     """
-    listed = [] if sections is None else list(sections) if isinstance(sections, ListConfig) else [sections]
-    terms = []
-    for index, section in enumerate(listed):
-        path = f"{key}[{index}]" if isinstance(sections, ListConfig) else key
-        term = build(path, section)
-        if not isinstance(term, FeatureTerm):
-            raise ConfigError(Problem(path, section._component_, "a kd_recipes.losses.FeatureTerm"))
-        terms.append(term)
-    return FeatureTerms(terms)
+    if isinstance(sections, ListConfig):
+        by_key = {f"{key}[{index}]": section for index, section in enumerate(sections)}
+    else:
+        by_key = {} if sections is None else {key: sections}
+    terms = gather(*(partial(_build_term, path, section) for path, section in by_key.items()))
+    return FeatureTerms(dict(zip(by_key, terms, strict=True)))
+
+
+def _build_term(key: str, section: DictConfig) -> FeatureTerm:
+    term = within(key, partial(build, key, section))
+    if not isinstance(term, FeatureTerm):
+        raise ConfigError(Problem(key, section._component_, "a kd_recipes.losses.FeatureTerm"))
+    return term
 
 
 def choose_objective(
@@ -54,7 +58,7 @@ def choose_objective(
     Args:
         loss: a cross entropy of torchtune's signature; None for ours.
         kd_loss: a divergence of ours, or a module of torchtune's signature; None for forward KL.
-        token_weights: whatever gives the batches' tokens their weights; None where all weigh the same.
+        token_weights: the section that gives the batches' tokens their weights; None where all weigh the same.
         settings: the fields of :class:`~kd_recipes.losses.objective.Objective` but the divergence.
 
     Raises:
@@ -76,7 +80,8 @@ def choose_objective(
     if len(chunks) > 1:
         raise ConfigError(Problem("loss.num_output_chunks", chunks, "the same number as kd_loss.num_output_chunks"))
     lacking = {key: settings.pop(key, None) for key in ("teacher_temperature", "label_smoothing")}
-    for key, value in {**lacking, "token_weights": token_weights}.items():
+    lacking["token_weights"] = token_weights and token_weights._component_
+    for key, value in lacking.items():
         if value:
             remedy = "Choose a kd_loss of kd_recipes.losses, which has it"
             raise ConfigError(Problem(key, value, "none beside torchtune's kd_loss", remedy))

@@ -11,7 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.batch import IGNORE_INDEX, Batch
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, gather, within
 from kd_recipes.losses.objective import LossSum
-from kd_recipes.signals import DenseSignal, SparseSignal, Tap
+from kd_recipes.signals import DenseSignal, Kind, SparseSignal, Tap
 
 Features = Mapping[Tap, Tensor]
 Layers = Literal["uniform", "last"] | Sequence[Sequence[int]]
@@ -51,19 +52,24 @@ def linear_cka(x_ND: Tensor, y_NE: Tensor, weights_N: Tensor) -> Tensor:
     Args:
         x_ND: rows.
         y_NE: rows of the same tokens.
-        weights_N: how often each token counts.
+        weights_N: how often each token counts, from 0.
 
     Returns:
-        A scalar in [0, 1]; 1 for the same rows.
+        A scalar in [0, 1]; 1 for the same rows, and where a side's rows are all alike, which says nothing.
     """
     share_N1 = (weights_N / weights_N.sum()).unsqueeze(-1)
+    scale = [(share_N1 * z.square()).sum() for z in (x_ND, y_NE)]
     x_ND, y_NE = ((z - (share_N1 * z).sum(0)) * share_N1.sqrt() for z in (x_ND, y_NE))
     if len(x_ND) < max(x_ND.shape[1], y_NE.shape[1]):  # the same norms from products of rows
         kernel_x, kernel_y = x_ND @ x_ND.T, y_NE @ y_NE.T
-        cka: Tensor = (kernel_x * kernel_y).sum() / (matrix_norm(kernel_x) * matrix_norm(kernel_y))
+        norms, common = (matrix_norm(kernel_x), matrix_norm(kernel_y)), (kernel_x * kernel_y).sum()
     else:
-        cka = matrix_norm(y_NE.T @ x_ND).square() / (matrix_norm(x_ND.T @ x_ND) * matrix_norm(y_NE.T @ y_NE))
-    return cka
+        norms = (matrix_norm(x_ND.T @ x_ND), matrix_norm(y_NE.T @ y_NE))
+        common = matrix_norm(y_NE.T @ x_ND).square()
+    smallest = 10 * torch.finfo(x_ND.dtype).eps  # of the spread's share, below which it is made of rounding errors
+    is_flat = (norms[0] <= smallest * scale[0]) | (norms[1] <= smallest * scale[1])
+    one = torch.ones_like(common)
+    return torch.where(is_flat, one, common / torch.where(is_flat, one, norms[0] * norms[1]))
 
 
 def relation_divergence(x_NHW: Tensor, x_SHW: Tensor, y_NHW: Tensor, y_SHW: Tensor, is_seen_NS: Tensor) -> Tensor:
@@ -107,13 +113,15 @@ def pair_layers(layers: Layers, num_student: int, num_teacher: int) -> list[tupl
         return [(i, max(1, round(i * num_teacher / num_student))) for i in range(1, num_student + 1)]
     if layers == "last":
         return [(num_student, num_teacher)]
-    wanted = f"uniform, last, or pairs [student's block of 1 to {num_student}, teacher's of 1 to {num_teacher}]"
-    try:
-        pairs = [(int(student), int(teacher)) for student, teacher in layers]
-    except (TypeError, ValueError):
-        pairs = []
-    if not pairs or any(not (1 <= s <= num_student and 1 <= t <= num_teacher) for s, t in pairs):
-        raise ConfigError(Problem("feature_losses.layers", layers, wanted))
+    listed: Any = layers
+    pairs = [tuple(pair) if isinstance(pair, Sequence) else () for pair in listed]
+    limits = (num_student, num_teacher)
+    if not pairs or not all(
+        len(pair) == 2 and all(type(i) is int and 1 <= i <= limit for i, limit in zip(pair, limits, strict=True))
+        for pair in pairs
+    ):
+        wanted = f"uniform, last, or pairs [student's block of 1 to {num_student}, teacher's of 1 to {num_teacher}]"
+        raise ConfigError(Problem(".layers", layers, wanted))
     return pairs
 
 
@@ -124,13 +132,16 @@ class FeatureTerm(nn.Module, ABC):
         name: of its metric.
         weight: what its sum is multiplied by, above 0.
         layers: as in :func:`pair_layers`.
-        kinds: of the features that it compares.
+        kinds: of the features that it compares, as :class:`~kd_recipes.signals.Tap` has them.
     """
 
-    def __init__(self, name: str, weight: float, layers: Layers, kinds: Sequence[str]) -> None:
+    def __init__(self, name: str, weight: float, layers: Layers, kinds: Sequence[Kind]) -> None:
         super().__init__()
         if not 0 < weight < math.inf:
-            raise ConfigError(Problem("feature_losses.weight", weight, "a number above 0"))
+            raise ConfigError(Problem(".weight", weight, "a number above 0"))
+        unknown = set(kinds) - set(get_args(Kind))
+        assert kinds, "a term compares something"
+        assert not unknown, f"no features are of kind {unknown}"
         self.name, self.weight, self._layers, self._kinds = name, weight, layers, tuple(kinds)
         self.taps: list[tuple[Tap, Tap]] = []
 
@@ -141,8 +152,8 @@ class FeatureTerm(nn.Module, ABC):
             ConfigError: they do not have what is compared.
         """
         pairs = pair_layers(self._layers, student.num_layers, teacher.num_layers)
-        self.taps = [(Tap(s, kind), Tap(t, kind)) for s, t in pairs for kind in self._kinds]  # type: ignore[arg-type]
-        self._prepare(student, teacher)
+        self.taps = [(Tap(s, kind), Tap(t, kind)) for s, t in pairs for kind in self._kinds]
+        self.prepare(student, teacher)
 
     def forward(self, student: Features, teacher: Features, batch: Batch, weights_BS: Tensor) -> Tensor:
         """The sum over tokens of the mean over pairs of features.
@@ -153,19 +164,29 @@ class FeatureTerm(nn.Module, ABC):
             batch: says which positions see one another.
             weights_BS: how often each position counts; 0 where it has no label.
         """
-        values = []
-        for index, (of_student, of_teacher) in enumerate(self.taps):
-            x_BSD = student[of_student]
-            x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))  # sums of squares need the digits
-            y_BSE = teacher[of_teacher].detach().to(x_BSD)
-            values.append(self._compare(index, x_BSD, y_BSE, batch, weights_BS))
+        values = [self.compare(pair, student[pair[0]], teacher[pair[1]], batch, weights_BS) for pair in self.taps]
         return torch.stack(values).mean()
 
     @abstractmethod
-    def _prepare(self, student: ModelSize, teacher: ModelSize) -> None: ...
+    def prepare(self, student: ModelSize, teacher: ModelSize) -> None:
+        """Check that the models have what is compared at :attr:`taps`, and make parameters where they are needed."""
 
     @abstractmethod
-    def _compare(self, index: int, x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor: ...
+    def compare(self, pair: tuple[Tap, Tap], x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor:
+        """The sum over tokens of how far the student's features are from the teacher's, a float32 scalar.
+
+        Args:
+            pair: which of :attr:`taps` they were seen at.
+            x_BSD: the student's, in its dtype.
+            y_BSE: the teacher's, in its dtype and on its device.
+            batch: as in :meth:`forward`.
+            weights_BS: as in :meth:`forward`.
+        """
+
+
+def _upcast(features: Tensor, like: Tensor) -> Tensor:
+    """Features on a device and at least in float32: sums of squares need the digits."""
+    return features.to(device=like.device, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mean_squared_error, "cosine": cosine_distance}
@@ -187,32 +208,46 @@ class HiddenStates(FeatureTerm):
     def __init__(self, distance: str = "cosine", weight: float = 1.0, layers: Layers = "uniform") -> None:
         super().__init__(f"hidden_{distance}", weight, layers, ["hidden"])
         if distance not in (*_DISTANCES, "cka"):
-            raise ConfigError(Problem("feature_losses.distance", distance, "mse, cosine or cka"))
+            raise ConfigError(Problem(".distance", distance, "mse, cosine or cka"))
         self._distance = distance
-        self.projections = nn.ModuleList()
+        self.projections = nn.ModuleDict()
 
-    def _prepare(self, student: ModelSize, teacher: ModelSize) -> None:
+    def prepare(self, student: ModelSize, teacher: ModelSize) -> None:
+        """Make a projection for each pair where the widths differ."""
         if self._distance != "cka" and student.embed_dim != teacher.embed_dim:
             widths = (student.embed_dim, teacher.embed_dim)
-            self.projections = nn.ModuleList(nn.Linear(*widths, bias=False) for _ in self.taps)
+            for pair in self.taps:
+                self.projections[_name(pair)] = nn.Linear(*widths, bias=False)
 
-    def _compare(self, index: int, x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor:
+    def compare(self, pair: tuple[Tap, Tap], x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor:
+        """As the distance says; a pair's float32 copies are made once more in the backward pass, and not kept."""
         is_valid_BS = weights_BS != 0
-        x_ND, y_NE, weights_N = x_BSD[is_valid_BS], y_BSE[is_valid_BS], weights_BS[is_valid_BS]
+        x_ND, y_NE = x_BSD[is_valid_BS], y_BSE[is_valid_BS.to(y_BSE.device)]
+        return checkpoint(self._sum, pair, x_ND, y_NE, weights_BS[is_valid_BS], use_reentrant=False)  # type: ignore[no-any-return]
+
+    def _sum(self, pair: tuple[Tap, Tap], x_ND: Tensor, y_NE: Tensor, weights_N: Tensor) -> Tensor:
+        y_NE, x_ND = _upcast(y_NE, like=x_ND), _upcast(x_ND, like=x_ND)
         if self._distance == "cka":
-            if len(x_ND) < 2:  # a single token has no relations to others
-                return x_ND.sum() * 0
+            if len(x_ND) == 0:
+                return x_ND.sum()
             return (1 - linear_cka(x_ND, y_NE, weights_N)) * weights_N.sum()
         if self.projections:
-            x_ND = self.projections[index](x_ND)
+            x_ND = self.projections[_name(pair)](x_ND)
         return (_DISTANCES[self._distance](x_ND, y_NE) * weights_N).sum()
+
+
+def _name(pair: tuple[Tap, Tap]) -> str:
+    return f"{pair[0].layer}_{pair[1].layer}"
+
+
+_RELATION_ELEMENTS = 1 << 24  # heads x tokens x positions that are related at a time: 64 MiB in float32, five times
 
 
 class AttentionRelations(FeatureTerm):
     """How differently the queries, keys and values of a block relate the tokens to one another (MiniLMv2).
 
     The number of heads and their width may differ: both models' vectors are cut into the same number of relation
-    heads. A token is related to those that it attends to, itself included, before positions are rotated into them.
+    heads. A token is related to itself and all earlier ones of its document, before positions are rotated into them.
 
     Args:
         relations: of ``query``, ``key`` and ``value``.
@@ -223,47 +258,57 @@ class AttentionRelations(FeatureTerm):
 
     def __init__(
         self,
-        relations: Sequence[str] = ("query", "key", "value"),
+        relations: Sequence[Kind] = ("query", "key", "value"),
         num_heads: int | None = None,
         weight: float = 1.0,
         layers: Layers = "last",
     ) -> None:
+        known = {"query", "key", "value"}
+        if (
+            isinstance(relations, str)
+            or not relations
+            or set(relations) - known
+            or len(set(relations)) < len(relations)
+        ):
+            raise ConfigError(Problem(".relations", relations, "a list of query, key and value, each at most once"))
         super().__init__("attention_relations", weight, layers, relations)
-        if isinstance(relations, str) or not relations or set(relations) - {"query", "key", "value"}:
-            raise ConfigError(Problem("feature_losses.relations", relations, "a list of query, key and value"))
         self._num_heads = num_heads
         self._heads: dict[str, int] = {}
 
-    def _prepare(self, student: ModelSize, teacher: ModelSize) -> None:
+    def prepare(self, student: ModelSize, teacher: ModelSize) -> None:
+        """Choose the number of relation heads."""
         for key, size in (("model", student), ("teacher_model", teacher)):
             if not size.num_heads:
-                wanted = "a model whose attention has q_proj, k_proj and v_proj, for AttentionRelations"
-                raise ConfigError(Problem(key, "attention of its own", wanted, "Compare HiddenStates instead"))
+                wanted = "torchtune's own attention in every block, whose queries AttentionRelations can see"
+                raise ConfigError(Problem(key, "attention of another kind", wanted, "Compare HiddenStates instead"))
         num_kv_heads = math.gcd(student.num_kv_heads, teacher.num_kv_heads)
         self._heads = {"query": math.gcd(student.num_heads, teacher.num_heads)}
         self._heads |= {"key": num_kv_heads, "value": num_kv_heads}
         if self._num_heads is not None:
             limit = min(self._heads[kind] for kind in self._kinds)
-            if self._num_heads < 1 or any(self._heads[kind] % self._num_heads for kind in self._kinds):
+            is_count = type(self._num_heads) is int and self._num_heads > 0
+            if not is_count or any(self._heads[kind] % self._num_heads for kind in self._kinds):
                 wanted = f"a number that divides the heads of both models, such as {limit}"
-                raise ConfigError(Problem("feature_losses.num_heads", self._num_heads, wanted))
+                raise ConfigError(Problem(".num_heads", self._num_heads, wanted))
             self._heads = dict.fromkeys(self._heads, self._num_heads)
 
-    def _compare(self, index: int, x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor:
-        num_heads = self._heads[self.taps[index][0].kind]
-        x_BSHW, y_BSHW = (z.unflatten(-1, (num_heads, -1)) for z in (x_BSD, y_BSE))
-        position_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        total = x_BSD.sum() * 0
-        for sequence, weights_S in enumerate(weights_BS):  # one at a time, and its relations computed again backward
-            rows_N = weights_S.nonzero().squeeze(1)
-            is_seen_NS = position_S <= position_S[rows_N, None]
-            if batch.input_pos_BS is not None:  # packed: each document begins at position 0
-                document_S = (batch.input_pos_BS[sequence] == 0).cumsum(0)
-                is_seen_NS &= document_S == document_S[rows_N, None]
-            x_SHW, y_SHW = x_BSHW[sequence], y_BSHW[sequence]
-            tensors = (x_SHW[rows_N], x_SHW, y_SHW[rows_N], y_SHW, is_seen_NS)
-            value_N = checkpoint(relation_divergence, *tensors, use_reentrant=False)
-            total = total + (value_N * weights_S[rows_N]).sum()
+    def compare(self, pair: tuple[Tap, Tap], x_BSD: Tensor, y_BSE: Tensor, batch: Batch, weights_BS: Tensor) -> Tensor:
+        """As :func:`relation_divergence`; relations are computed once more in the backward pass, and not kept."""
+        num_heads = self._heads[pair[0].kind]
+        x_BSHW, y_BSHW = (_upcast(z, like=x_BSD).unflatten(-1, (num_heads, -1)) for z in (x_BSD, y_BSE))
+        num_rows = max(1, _RELATION_ELEMENTS // (num_heads * x_BSD.shape[1]))
+        total: Tensor = x_BSHW[:0].sum()
+        for sequence, weights_S in enumerate(weights_BS):
+            position_S = torch.arange(len(weights_S), device=x_BSD.device)
+            for rows_N in weights_S.nonzero().squeeze(1).split(num_rows):
+                is_seen_NS = position_S <= rows_N[:, None]
+                if batch.input_pos_BS is not None:  # packed: each document begins at position 0
+                    document_S = (batch.input_pos_BS[sequence] == 0).cumsum(0)
+                    is_seen_NS &= document_S == document_S[rows_N, None]
+                x_SHW, y_SHW = x_BSHW[sequence], y_BSHW[sequence]
+                tensors = (x_SHW[rows_N], x_SHW, y_SHW[rows_N], y_SHW, is_seen_NS)
+                value_N = checkpoint(relation_divergence, *tensors, use_reentrant=False)
+                total = total + (value_N * weights_S[rows_N]).sum()
         return total
 
 
@@ -271,13 +316,16 @@ class FeatureTerms(nn.Module):
     """All the terms of a run; none of them costs nothing.
 
     Args:
-        terms: in any number.
+        terms: by the key of the section that describes each, for messages.
     """
 
-    def __init__(self, terms: Sequence[FeatureTerm]) -> None:
+    def __init__(self, terms: Mapping[str, FeatureTerm]) -> None:
         super().__init__()
-        self._terms = tuple(terms)  # typed, which a ModuleList is not
-        self.terms = nn.ModuleList(terms)
+        self.by_name = nn.ModuleDict()
+        for term in terms.values():
+            self.by_name[term.name if term.name not in self.by_name else f"{term.name}_{len(self.by_name)}"] = term
+        self._terms = dict(zip(self.by_name, terms.values(), strict=True))  # typed, which a ModuleDict is not
+        self._keys = list(terms)
 
     @property
     def needs_teacher(self) -> bool:
@@ -288,20 +336,20 @@ class FeatureTerms(nn.Module):
         """Make each ready for two models.
 
         Raises:
-            ConfigError: they do not have what one of them compares.
+            ConfigError: they do not have what some of them compare.
         """
-        for term in self._terms:
-            term.connect(student, teacher)
+        terms = zip(self._keys, self._terms.values(), strict=True)
+        gather(*(partial(within, key, partial(term.connect, student, teacher)) for key, term in terms))
 
     @property
     def student_taps(self) -> set[Tap]:
         """Where the student is looked into."""
-        return {student for term in self._terms for student, _ in term.taps}
+        return {student for term in self._terms.values() for student, _ in term.taps}
 
     @property
     def teacher_taps(self) -> set[Tap]:
         """Where the teacher is."""
-        return {teacher for term in self._terms for _, teacher in term.taps}
+        return {teacher for term in self._terms.values() for _, teacher in term.taps}
 
     def forward(
         self,
@@ -322,14 +370,14 @@ class FeatureTerms(nn.Module):
         """
         if not self._terms:
             return loss
-        assert isinstance(signal, DenseSignal), "a teacher without features is refused at set-up"
-        weights_BS = (batch.labels_BS != IGNORE_INDEX).float()
+        assert isinstance(signal, DenseSignal), "features are a model's that runs"
+        is_valid_BS = batch.labels_BS != IGNORE_INDEX
+        weights_BS = is_valid_BS.float()
         if batch.weights_BS is not None:
-            weights_BS = weights_BS * batch.weights_BS
+            weights_BS = batch.weights_BS.float().masked_fill(~is_valid_BS, 0)
         total, sums = loss.total, dict(loss.sums)
-        for index, term in enumerate(self._terms):
+        for name, term in self._terms.items():
             value = term(student.features, signal.features, batch, weights_BS)
-            name = term.name if term.name not in sums else f"{term.name}_{index}"
             sums[name] = value.detach().double()
             total = total + term.weight * value / num_tokens
         return replace(loss, total=total, sums=sums)

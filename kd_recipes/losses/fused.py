@@ -21,8 +21,8 @@ from torch import Tensor
 from kd_recipes.losses.rows import TOKEN_VALUES, SparseRows, Terms, replace_by_gradient
 from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
 
-# Logits of a chunk, of each model: 256 tokens of Qwen's vocabulary fill a CPU's matrix units; a GPU wants more.
-_CHUNK_ELEMENTS_CPU = 256 * 152_064
+# Tokens of a chunk: 256 fill a CPU's matrix units, a GPU wants more; and logits of a chunk, of each model.
+_CHUNK_TOKENS_CPU, _CHUNK_ELEMENTS_CPU = 256, 256 * 152_064
 _CHUNK_ELEMENTS = 1024 * 152_064
 # Logits of a block of rows, for each thread: two rows of Qwen's, whose scratch buffers stay in cache. On a GPU that
 # does not compile, and elsewhere: what keeps a device busy.
@@ -85,12 +85,18 @@ def fused_loss(
     """
     device = tokens.labels_N.device
     if chunk_size is None:
-        chunk_size = max(1, (_CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS) // num_ids)
+        chunk_size = _choose_chunk_size(num_ids, device)
     is_compiled = device.type == "cuda" if compiled is None else compiled
     # under no_grad autograd still reports what requires gradients, so the inner function has to be told
     call = _Call(student, signal, tokens, terms, num_ids, chunk_size, is_compiled, torch.is_grad_enabled())
     tensors = (*student.inputs, *student.weights, student.bias_V, student.given_TV)
     return _FusedLoss.apply(call, *tensors)  # type: ignore[no-any-return]
+
+
+def _choose_chunk_size(num_ids: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        return max(1, min(_CHUNK_TOKENS_CPU, _CHUNK_ELEMENTS_CPU // num_ids))
+    return max(1, _CHUNK_ELEMENTS // num_ids)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class _FusedLoss(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("the fused loss keeps no graph: it can be differentiated once")
         if grad_total.device.type != "cpu" or grad_total != 1.0:  # looking at it would make a GPU wait
-            grads = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]
+            grads = [None if grad is None else grad.mul_(grad_total) for grad in grads]
         return (None, *grads)
 
 

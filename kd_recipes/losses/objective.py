@@ -118,8 +118,8 @@ def _valid_tokens(batch: Batch, num_tokens: int) -> Tokens:
     positions_N = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     weights_T = torch.ones(labels_T.shape, device=labels_T.device)
     if batch.weights_BS is not None:
-        weights_T *= batch.weights_BS.flatten()
-    weights_T /= num_tokens
+        weights_T = batch.weights_BS.flatten().float()
+    weights_T = weights_T / num_tokens
     if len(positions_N) == len(labels_T):
         return Tokens(None, labels_T, weights_T)
     return Tokens(positions_N, labels_T[positions_N], weights_T[positions_N])

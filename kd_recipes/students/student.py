@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
@@ -66,10 +66,15 @@ class Student:
         named = ((name.replace(_CHECKPOINT_WRAPPER, ""), p) for name, p in self.model.named_parameters())
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
-    def export(self, directory: Path, *, adapter_only: bool = False) -> None:
+    def export(self, weights: Mapping[str, Tensor], directory: Path, *, adapter_only: bool = False) -> None:
         """Write the student as its checkpointer does: for HF checkpoints a directory that transformers loads.
 
         An adapted student is written merged, its adapter in ``adapter/``; ``adapter_only`` leaves the rest out.
+
+        Args:
+            weights: the model's state, whole.
+            directory: where the files go.
+            adapter_only: write the adapter alone.
         """
-        contents = _torchtune.merged_student(self.model, self._model_cfg, self._export_dtype)
+        contents = _torchtune.merged_student(weights, self._model_cfg, self._export_dtype)
         _torchtune.save_checkpoint(self._checkpointer, contents, directory, adapter_only)

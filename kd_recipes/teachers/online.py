@@ -17,14 +17,22 @@ class OnlineTeacher:
 
     Args:
         model: with its weights; it loses its head to the signal.
+        device: that it computes on; its weights may be elsewhere until they are needed.
         taps: places inside it whose features its signal carries.
         compile_blocks: compile each block.
     """
 
-    def __init__(self, model: TransformerDecoder, taps: Collection[Tap] = (), *, compile_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        device: torch.device,
+        taps: Collection[Tap] = (),
+        *,
+        compile_blocks: bool = False,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self._headless = _torchtune.Headless(model, taps, compile_blocks=compile_blocks)
-        self._device = next(model.parameters()).device
+        self._device = device
         self.num_rows = _torchtune.model_size(model).num_rows
 
     @torch.no_grad()

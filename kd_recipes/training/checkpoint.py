@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.storage import atomic_directory, explain_disk_errors, read_safetensors_header
+from kd_recipes.training.parallel import split_like, split_optimizer_state
 
 _WEIGHTS, _STATE, _CONFIG = "weights.safetensors", "state.pt", "run.yaml"
 _RESULTS = ("checkpoints", "best", "final")
@@ -137,7 +138,7 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, 
     if parameters.keys() != saved.keys():
         raise KeyError(f"saved and trainable parameters differ: {sorted(parameters.keys() ^ saved.keys())[:3]} …")
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(split_like(saved[name], parameter))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any]) -> None:
@@ -154,7 +155,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapp
         ValueError: it is another optimizer's.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.load_state_dict(split_optimizer_state(state["optimizer"], parameters))
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     for group, settings in zip(optimizer.param_groups, configured, strict=True):

@@ -17,7 +17,6 @@ from torchtune.datasets import ConcatDataset
 from kd_recipes import _torchtune
 from kd_recipes.batch import IGNORE_INDEX, Batch, shift_labels
 from kd_recipes.errors import ConfigError, Problem, one_line
-from kd_recipes.training.parallel import Parallel
 
 
 def build_dataset(cfg: DictConfig | ListConfig, tokenizer: Any, key: str) -> tuple[Dataset[Any], bool]:
@@ -52,11 +51,22 @@ def _require_labels(dataset: Any, key: str) -> None:
 
 
 def build_loader(
-    dataset: Any, *, packed: bool, batch_size: int, shuffle: bool, seed: int, padding_idx: int, parallel: Parallel
+    dataset: Any,
+    *,
+    packed: bool,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    padding_idx: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> StatefulDataLoader:
-    """Batches in an order that depends on the seed and the epoch alone, whose position can be saved."""
+    """Batches in an order that depends on the seed and the epoch alone.
+
+    The processes' batches of a turn are together what a single process has in it with batches as large as all theirs.
+    """
     sampler: StatefulDistributedSampler = StatefulDistributedSampler(
-        dataset, num_replicas=parallel.world_size, rank=parallel.rank, shuffle=shuffle, seed=seed
+        dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed
     )
     return StatefulDataLoader(
         dataset,
@@ -67,6 +77,23 @@ def build_loader(
         # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
         generator=torch.Generator(),
     )
+
+
+def seek(loader: StatefulDataLoader, num_samples: int) -> None:
+    """Begin the next pass behind so many samples, counted over all processes."""
+    sampler = loader.sampler
+    sampler.load_state_dict({sampler._YIELDED: num_samples // sampler.num_replicas})
+
+
+def mask_repeated(batches: Iterable[Batch], loader: StatefulDataLoader) -> Iterator[Batch]:
+    """Mask the samples that fill up the last processes' last batches in a pass that is not shuffled."""
+    sampler, position = loader.sampler, loader.sampler.rank
+    for batch in batches:
+        num_rows = len(batch.labels_BS)
+        positions_B = position + sampler.num_replicas * torch.arange(num_rows, device=batch.labels_BS.device)
+        position += sampler.num_replicas * num_rows
+        is_repeated_B1 = (positions_B >= len(loader.dataset)).unsqueeze(1)
+        yield replace(batch, labels_BS=batch.labels_BS.masked_fill(is_repeated_B1, IGNORE_INDEX))
 
 
 def batches(loader: Iterable[Any], device: torch.device, max_seq_len: int) -> Iterator[Batch]:
@@ -92,12 +119,24 @@ def weigh(batches: Iterable[Batch], token_weights: Callable[[Batch], Any] | None
     """
     for batch in batches:
         if token_weights is not None:
-            weights_BS, shape = token_weights(batch), batch.labels_BS.shape
-            got = f"{list(weights_BS.shape)}" if isinstance(weights_BS, Tensor) else type(weights_BS).__name__
-            if not isinstance(weights_BS, Tensor) or weights_BS.shape != shape:
-                raise ConfigError(Problem("token_weights", got, f"a tensor {list(shape)}, a weight for each token"))
-            batch = replace(batch, weights_BS=weights_BS.detach().to(batch.labels_BS.device))
+            batch = replace(batch, weights_BS=_weights(batch, token_weights))
         yield batch
+
+
+def _weights(batch: Batch, token_weights: Callable[[Batch], Any]) -> Tensor:
+    try:
+        weights_BS = token_weights(batch)
+    except Exception as error:  # the user's own code
+        raise ConfigError(Problem("token_weights", one_line(error), "a function of a Batch that returns")) from error
+    shape = list(batch.labels_BS.shape)
+    if not isinstance(weights_BS, Tensor) or list(weights_BS.shape) != shape:
+        got = list(weights_BS.shape) if isinstance(weights_BS, Tensor) else type(weights_BS).__name__
+        raise ConfigError(Problem("token_weights", got, f"a tensor {shape}, a weight for each position"))
+    weights_BS = weights_BS.detach().to(batch.labels_BS.device, torch.float32)
+    of_valid = weights_BS[batch.labels_BS != IGNORE_INDEX]
+    if not bool((of_valid.isfinite() & (of_valid >= 0)).all()):
+        raise ConfigError(Problem("token_weights", "a weight that is negative or not finite", "numbers from 0"))
+    return weights_BS
 
 
 def accumulate(batches: Iterable[Batch], num_micro_batches: int) -> Iterator[list[Batch]]:

@@ -1,18 +1,61 @@
-"""All that differs between one device and many. At one device each operation is the identity.
+"""All that differs between one process and many. In one process each operation is the identity.
 
-No recipe asks whether it is distributed; it asks for a sum, and on one device the sum is the number itself.
+No recipe asks whether it is distributed; it asks for a sum, and in one process the sum is the number itself. Models
+are split by FSDP2 as torchtune splits them, block by block, but for one thing: the head's weight stays whole from the
+forward pass of a micro-batch to its backward pass, because the loss multiplies by it outside of the model.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
-from torch import Tensor
-from torchtune.modules import TransformerDecoder
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from kd_recipes import _torchtune
 
 Summable = TypeVar("Summable", int, Tensor)
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device(name: str) -> torch.device:
+    """This process's device of a kind: with several processes on a machine, each has the GPU of its own number."""
+    device = torch.device(name)
+    is_shared = world_size() > 1 and "LOCAL_RANK" in os.environ
+    return torch.device(name, int(os.environ["LOCAL_RANK"])) if is_shared and name == "cuda" else device
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is split over the processes.
+
+    Args:
+        dtype: that it computes in; its weights keep their own, in which gradients are added up, too.
+        reshard_after_forward: give a block's weights back after its forward pass, and gather them again backward:
+            less memory, half as much traffic again.
+        layers: names of modules that are split by themselves besides the blocks.
+        cpu_offload: keep weights, gradients and the optimizer's state in host memory.
+    """
+
+    dtype: torch.dtype
+    reshard_after_forward: bool = True
+    layers: tuple[str, ...] = ()
+    cpu_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -22,25 +65,135 @@ class Parallel:
     Args:
         rank: of this process, from 0.
         world_size: how many processes there are.
+        device: of this process's models.
+        mesh: the processes in rows that hold a whole model each; None for a single process.
     """
 
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
 
     @classmethod
-    def from_environment(cls) -> Parallel:
-        """What torchrun says, or one process."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    def start(cls, device: torch.device, *, shard_size: int | None = None, timeout: float = 600) -> Parallel:
+        """Meet the other processes that torchrun has started.
 
-    def shard(self, model: TransformerDecoder) -> TransformerDecoder:
-        """The model, or this process's part of it."""
-        return model
+        Args:
+            device: of this process's models.
+            shard_size: processes that share a model; all of them if None.
+            timeout: seconds that a process waits for another before it gives up.
+        """
+        size = world_size()
+        if size == 1:
+            return cls(0, 1, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        shape = (size // (shard_size or size), shard_size or size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return cls(dist.get_rank(), size, device, mesh)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files, logs and draws progress."""
+        """Whether this process reads and writes files, logs and draws progress."""
         return self.rank == 0
 
+    def shard(self, model: nn.Module, how: Sharding) -> None:
+        """Split a model in place, and move it to the device.
+
+        The main process's weights count; elsewhere the model may be on the meta device.
+        """
+        if self.mesh is None:
+            return
+        state = model.state_dict() if self.is_main else {}
+        model.to("meta")
+        settings: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy() if how.cpu_offload else OffloadPolicy(),
+        }
+        for module in _torchtune.modules_to_shard(model, how.layers):
+            fully_shard(module, reshard_after_forward=how.reshard_after_forward, **settings)
+        fully_shard(model, reshard_after_forward=False, **settings)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # sums over tokens have been divided by all tokens already
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        model.to_empty(device="cpu" if how.cpu_offload else self.device)
+        options = StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, strict=False, cpu_offload=how.cpu_offload
+        )
+        set_model_state_dict(model, state, options=options)
+        _torchtune.compute_positions(model, self.device)
+
+    def replicate(self, module: nn.Module) -> None:
+        """Give a module on this process's device the main process's weights; its gradients want :meth:`sum_grads`."""
+        if self.world_size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    def sum_grads(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of replicated parameters; those of split ones are when they are computed."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
     def sum(self, value: Summable) -> Summable:
-        """A number or a tensor of numbers, added up over all processes."""
-        return value
+        """A number or a tensor of numbers in host memory, added up over all processes."""
+        if self.world_size == 1:
+            return value
+        total = torch.as_tensor(value).clone()
+        dist.all_reduce(total)
+        return total if isinstance(value, Tensor) else type(value)(total.item())
+
+    def gather(self, tree: T) -> T:
+        """Tensors in whatever nesting, whole, in host memory; what is returned elsewhere than on main is of no use."""
+        return tree_map(self._whole, tree)  # type: ignore[no-any-return]
+
+    def _whole(self, leaf: Any) -> Any:
+        if isinstance(leaf, DTensor):
+            on_device: Any = leaf.detach().to(self.device)
+            whole = on_device.full_tensor()
+            return whole.cpu() if self.is_main else None
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    def each(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def stop(self) -> None:
+        """Part from the other processes."""
+        if dist.is_initialized() and self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has whole, split as a parameter is."""
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole
+    whole = whole.to(parameter.to_local().device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def split_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` with what is of a parameter's shape split as the parameter is."""
+    of_parameter = {
+        index: {
+            key: split_like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for key, value in entries.items()
+        }
+        for index, entries in state["state"].items()
+    }
+    return {**state, "state": of_parameter}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -77,17 +77,6 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the copies back into the model; after each update."""
+        """Round the copies back into the model; whenever they have changed."""
         for weight, master in self._pairs:
             weight.copy_(master)
-
-    def state_dict(self) -> list[Tensor]:
-        """The copies, to be saved with the optimizer."""
-        return [master.detach() for _, master in self._pairs]
-
-    @torch.no_grad()
-    def load_state_dict(self, state: list[Tensor]) -> None:
-        """Take saved copies back, in place: the optimizer holds references to them."""
-        for (_, master), saved in zip(self._pairs, state, strict=True):
-            master.copy_(saved)
-        self.publish()

@@ -24,6 +24,7 @@ from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import TensorSpec, read_safetensors_header, require_free_space
 from kd_recipes.training.checkpoint import RunDirectory
+from kd_recipes.training.parallel import world_size
 from kd_recipes.training.schedules import Schedule
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
@@ -36,7 +37,8 @@ def preflight(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = [*_device_problems(cfg), *_teacher_problems(cfg), *_effect_problems(cfg), *_output_problems(cfg)]
+    checks = (_device_problems, _process_problems, _teacher_problems, _effect_problems, _output_problems)
+    problems = [problem for check in checks for problem in check(cfg)]
     missing = [problem for key in _checkpointers(cfg) for problem in _file_problems(key, cfg[key])]
     problems += missing or [*_vocabulary_problems(cfg), *_space_problems(cfg)]
     if problems:
@@ -164,6 +166,26 @@ def _device_problems(cfg: DictConfig) -> Iterator[Problem]:
     for key in ("device", "teacher_device"):
         if cfg[key] is not None:
             yield from _caught(partial(find_device, key, cfg[key]))
+
+
+def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
+    size = world_size()
+    if cfg.shard_size is not None and size % cfg.shard_size:
+        yield Problem(
+            "shard_size", cfg.shard_size, f"a number that divides {size}, the processes that torchrun started"
+        )
+    if size == 1:
+        return
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if str(cfg.device) == "cuda" and torch.cuda.device_count() < num_local:
+        got = f"{num_local} on a machine of {torch.cuda.device_count()} CUDA devices"
+        yield Problem("--nproc_per_node", got, "a GPU for each process", "device=cpu runs without")
+    elif cfg.device not in ("cuda", "cpu"):
+        yield Problem("device", cfg.device, "cuda or cpu, of which each process takes its own")
+    if cfg.fsdp_cpu_offload and cfg.device == "cpu":
+        yield Problem("fsdp_cpu_offload", True, "False on cpu: weights are in its memory as it is")
+    if cfg.model.get("quantize_base"):
+        yield Problem("model.quantize_base", True, "False with several processes", "NF4 weights cannot be split yet")
 
 
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -309,9 +331,9 @@ def _num_saves(cfg: DictConfig) -> int:
 
 
 def _checkpoint_bytes(cfg: DictConfig) -> int:
-    """Of a parameter in a checkpoint: the weight, its float32 copy, and Adam's two moments."""
+    """Of a parameter in a checkpoint: the weight, or its float32 copy, and Adam's two moments."""
     is_bf16 = cfg.dtype == "bf16"
-    weights = 2 + 4 * cfg.master_weights if is_bf16 else 4
+    weights = 2 if is_bf16 and not cfg.master_weights else 4
     is_adam = str(cfg.optimizer._component_).rpartition(".")[2] in ("Adam", "AdamW")
     moment = 2 if is_bf16 and not cfg.master_weights else 4
     return weights + 2 * moment * is_adam

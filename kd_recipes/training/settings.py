@@ -115,9 +115,14 @@ KEYS = (
     Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=is_positive),
     Key("best_metric", "choice", default="objective", wanted="objective, perplexity or kl", check=_is_best_metric),
     Key("profiler", "component"),
-    # of torchtune's distributed recipe: kept so that its configs run here
-    Key("fsdp_cpu_offload", "bool"),
-    Key("fsdp_reshard_after_forward", "bool"),
-    Key("custom_sharded_layers", "list"),
-    Key("low_cpu_ram", "bool"),
+    # several processes
+    Key("shard_size", "int", wanted="processes that share a model; all by default, 1 copies it", check=is_positive),
+    Key(
+        "shard_teacher", "bool", default=True, wanted="whether the teacher is shared, too, or each process has it whole"
+    ),
+    Key("fsdp_cpu_offload", "bool", default=False),
+    Key("fsdp_reshard_after_forward", "bool", default=True),
+    Key("custom_sharded_layers", "list", wanted="names of modules besides the blocks that are split by themselves"),
+    Key("distributed_timeout", "float", default=600.0, wanted="seconds a process waits for others", check=is_positive),
+    Key("low_cpu_ram", "bool"),  # torchtune's, without effect: the main process alone reads weights
 )

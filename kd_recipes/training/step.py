@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import RunError
 from kd_recipes.training.precision import MasterWeights
@@ -39,7 +40,8 @@ def apply_update(
 ) -> None:
     """Clip gradients of this norm, step, publish the weights, advance the learning rate, and drop the gradients."""
     if clip_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(weights.parameters, clip_grad_norm, norm)
+        for alike in _split_and_whole(weights.parameters):
+            torch.nn.utils.clip_grads_with_norm_(alike, clip_grad_norm, norm)
     optimizer.step()
     weights.publish()
     optimizer.zero_grad(set_to_none=True)
@@ -48,5 +50,17 @@ def apply_update(
 
 
 def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """The gradients' common 2-norm."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The gradients' common 2-norm, over all processes."""
+    norms = []
+    for alike in _split_and_whole(parameters):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _split_and_whole(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Those that are split over the processes, and the others: torch does not compute with both at once."""
+    kinds: dict[bool, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return list(kinds.values())

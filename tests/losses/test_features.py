@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def _by_hand(name: str, term: FeatureTerm, x: Tensor, y: Tensor, index: int, bat
     """One pair, token by token."""
     tokens = [(b, s) for b in range(2) for s in range(7) if weights[b, s]]
     if name in ("mse", "cosine"):
-        matrix = term.projections[index].weight.detach()  # type: ignore[union-attr,index]
+        matrix = list(term.projections.values())[index].weight.detach()  # type: ignore[union-attr,index]
         total = 0.0
         for b, s in tokens:
             u, v = matrix @ x[b, s], y[b, s]
@@ -160,6 +161,38 @@ def test_cka_does_not_see_rotation_and_scale(num_rows: int) -> None:
     assert 0 < float(linear_cka(x, y, weights)) < 0.95
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+@pytest.mark.parametrize("num_rows", [1, 4, 40])
+def test_cka_of_rows_that_are_all_alike_says_nothing(num_rows: int, noise: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(1, 8).expand(num_rows, 8) + noise * torch.randn(num_rows, 8)).requires_grad_()
+    cka = linear_cka(x, torch.randn(num_rows, 11), torch.ones(num_rows))
+    cka.backward()
+    assert float(cka.detach()) == 1
+    assert not x.grad.any()
+
+
+def test_relations_are_the_same_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    term, batch = _connected("relations"), _batch(packed=True)
+    student, teacher, weights = _features(term, 0, 2), _features(term, 1, 3), _weights(batch)
+    whole = term(student, teacher, batch, weights)
+    monkeypatch.setattr("kd_recipes.losses.features._RELATION_ELEMENTS", 2 * 2 * 7)
+    torch.testing.assert_close(term(student, teacher, batch, weights), whole)
+
+
+def test_a_masked_token_stays_masked_whatever_its_weight() -> None:
+    terms = FeatureTerms({"a": HiddenStates("mse", layers="last")})
+    terms.connect(STUDENT, STUDENT)
+    batch, features = _batch(), _features(next(iter(terms.by_name.values())), 0, 2)  # type: ignore[arg-type]
+    weights = torch.ones(2, 7).masked_fill(batch.labels_BS == IGNORE_INDEX, math.inf)
+    logits = LinearLogits(given_TV=torch.zeros(14, 50))
+    student = DenseSignal(logits, {tap: value + 1 for tap, value in features.items()})
+    loss = terms(
+        LossSum(torch.zeros(()), {}, 10), student, DenseSignal(logits, features), replace(batch, weights_BS=weights)
+    )
+    assert float(loss.sums["hidden_mse"]) == pytest.approx(10)
+
+
 def test_layer_maps() -> None:
     assert pair_layers("uniform", 3, 9) == [(1, 3), (2, 6), (3, 9)]
     assert pair_layers("uniform", 4, 2) == [(1, 1), (2, 1), (3, 2), (4, 2)]
@@ -167,9 +200,11 @@ def test_layer_maps() -> None:
     assert pair_layers([[1, 4], [3, 9]], 3, 9) == [(1, 4), (3, 9)]
 
 
-@pytest.mark.parametrize("layers", ["first", [], [[1]], [[0, 1]], [[1, 10]], [[4, 1]], [["a", 1]], 3])
+@pytest.mark.parametrize(
+    "layers", ["first", [], [[1]], [[0, 1]], [[1, 10]], [[4, 1]], [["a", 1]], [[1.7, 2]], [[True, 2]], ["12"]]
+)
 def test_a_layer_map_that_cannot_be(layers: object) -> None:
-    with pytest.raises(ConfigError, match=r"feature_losses\.layers.*student's block of 1 to 3, teacher's of 1 to 9"):
+    with pytest.raises(ConfigError, match=r"\.layers.*student's block of 1 to 3, teacher's of 1 to 9"):
         pair_layers(layers, 3, 9)  # type: ignore[arg-type]
 
 
@@ -179,8 +214,13 @@ def test_a_layer_map_that_cannot_be(layers: object) -> None:
         (lambda: HiddenStates("euclid"), "distance: got 'euclid', wanted mse, cosine or cka"),
         (lambda: HiddenStates(weight=0), "weight: got 0, wanted a number above 0"),
         (lambda: AttentionRelations(["keys"]), "relations: .*wanted a list of query, key and value"),
+        (lambda: AttentionRelations(["key", "key"]), "relations: .*each at most once"),
+        (lambda: AttentionRelations(num_heads=2.0).connect(STUDENT, TEACHER), "num_heads: got 2.0"),
         (lambda: AttentionRelations(num_heads=4).connect(STUDENT, TEACHER), "num_heads: got 4, wanted .* such as 2"),
-        (lambda: AttentionRelations().connect(STUDENT, ModelSize(50, 20, 5, 16)), "teacher_model: .*q_proj"),
+        (
+            lambda: AttentionRelations().connect(STUDENT, ModelSize(50, 20, 5, 16)),
+            "teacher_model: .*attention in every block",
+        ),
     ],
 )
 def test_settings_that_cannot_be(make: object, message: str) -> None:
@@ -189,11 +229,13 @@ def test_settings_that_cannot_be(make: object, message: str) -> None:
 
 
 def test_terms_are_added_with_their_weights() -> None:
-    terms = FeatureTerms([HiddenStates("mse", weight=3.0), HiddenStates("mse", layers="last"), AttentionRelations()])
+    terms = FeatureTerms(
+        {"a": HiddenStates("mse", weight=3.0), "b": HiddenStates("mse", layers="last"), "c": AttentionRelations()}
+    )
     terms.connect(STUDENT, TEACHER)
     batch = _batch()
     features = [
-        {tap: value for term in terms.terms for tap, value in _features(term, which, 4 + which).items()}  # type: ignore[arg-type]
+        {tap: value for term in terms.by_name.values() for tap, value in _features(term, which, 4 + which).items()}  # type: ignore[arg-type]
         for which in (0, 1)
     ]
     assert [set(side) for side in features] == [terms.student_taps, terms.teacher_taps]
@@ -204,13 +246,13 @@ def test_terms_are_added_with_their_weights() -> None:
     after = terms(before, student, teacher, batch, 5)
     assert list(after.sums) == ["accuracy", "hidden_mse", "hidden_mse_1", "attention_relations"]
     first, second, third = (float(after.sums[name]) for name in list(after.sums)[1:])
-    assert float(after.total) == pytest.approx(1 + (3 * first + second + third) / 5)
-    with pytest.raises(AssertionError, match="refused at set-up"):
+    assert float(after.total.detach()) == pytest.approx(1 + (3 * first + second + third) / 5)
+    with pytest.raises(AssertionError, match="a model's that runs"):
         terms(before, student, SparseSignal.top_k(torch.zeros(14, 50), 3), batch)
 
 
 def test_no_terms_change_nothing() -> None:
-    terms, loss = FeatureTerms([]), LossSum(torch.tensor(1.0), {}, 1)
+    terms, loss = FeatureTerms({}), LossSum(torch.tensor(1.0), {}, 1)
     terms.connect(STUDENT, TEACHER)
     student = DenseSignal(LinearLogits(given_TV=torch.zeros(14, 50)))
     assert terms(loss, student, None, _batch()) is loss

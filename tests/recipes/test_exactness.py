@@ -78,7 +78,7 @@ def _state(recipe: DistillRecipe) -> dict[str, Any]:
         "optimizer": optimizer["state"],
         "lr": [group["lr"] for group in optimizer["param_groups"]],
         "scheduler": recipe._scheduler.state_dict() if recipe._scheduler else None,
-        "masters": recipe._weights.state_dict(),
+        "masters": recipe._weights.parameters,
         "random": torch.get_rng_state(),
         "best": recipe._best,
         "step": recipe.step,

@@ -1,0 +1,96 @@
+"""Several processes, by torchrun on CPUs: the same update as one process, the same files, and from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from toy import Toys, logged, lora_section, run_tune, text_section
+
+WriteConfig = Callable[..., Path]
+SGD = {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
+CHAT = {
+    "_component_": "torchtune.datasets.chat_dataset",
+    "source": "json",
+    "split": "train",
+    "conversation_style": "openai",
+}
+HIDDEN = {"_component_": "kd_recipes.losses.HiddenStates", "distance": "mse", "weight": 0.1}
+
+
+@pytest.fixture
+def trained(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Callable[..., dict[str, Tensor]]:
+    """``trained(num_processes, *overrides, **settings)``: the weights after the last step; 4 samples a step."""
+
+    def run(num_processes: int, *overrides: str, name: str = "", **settings: Any) -> dict[str, Tensor]:
+        directory = tmp_path / (name or f"{num_processes}")
+        directory.mkdir(exist_ok=True)
+        cache = {"source": "json", "data_files": str(toys.data / "chat.jsonl"), "cache_dir": str(toys.data / "cache")}
+        chat = {**CHAT, **cache, "conversation_column": "messages", "train_on_input": False}
+        defaults = {"dataset": chat, "optimizer": SGD, "clip_grad_norm": 0.5, "batch_size": 4 // num_processes}
+        config = write_config(directory, **{**defaults, "max_steps": 3, **settings})
+        launcher = [] if num_processes == 1 else ["--nproc_per_node", str(num_processes)]
+        done = run_tune("run", *launcher, "kd_recipes.distill", "--config", str(config), *overrides, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        newest = max((directory / "run" / "checkpoints").glob("step_*"))
+        return load_file(newest / "weights.safetensors")
+
+    return run
+
+
+def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "replicated", "features"])
+def test_the_update_does_not_depend_on_the_number_of_processes(
+    kind: str, trained: Callable[..., dict[str, Tensor]], toys: Toys, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"eval_every_n_steps": 2}
+    if kind == "lora":
+        settings["model"] = lora_section(toys.student)
+    if kind == "replicated":
+        settings |= {"shard_size": 1, "shard_teacher": False}
+    if kind == "features":
+        settings["feature_losses"] = HIDDEN
+    one, two = trained(1, **{**settings, "shard_size": None}), trained(2, **settings)
+    _assert_close(two, one)
+    logs = [logged(tmp_path / name / "run") for name in ("1", "2")]
+    for step in (1, 2, 3):
+        for metric in ("loss/total", "quality/accuracy", "quality/forward_kl", "optimizer/grad_norm"):
+            assert logs[1][step][metric] == pytest.approx(logs[0][step][metric], rel=1e-4), (step, metric)
+    exports = [load_file(tmp_path / name / "run" / "final" / "model-00001-of-00001.safetensors") for name in ("1", "2")]
+    _assert_close(exports[1], exports[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, trained: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    settings = {
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
+        "feature_losses": HIDDEN,
+        "shuffle": True,
+    }
+    whole = trained(1, "max_steps=4", name="whole", **settings)
+    trained(before, "max_steps=2", name="parts", **settings)
+    resumed = trained(after, "max_steps=4", "resume_from_checkpoint=True", name="parts", **settings)
+    _assert_close(resumed, whole, 1e-4)  # Adam divides rounding errors by gradients that are as small
+
+
+def test_held_out_text_is_counted_once(trained: Callable[..., dict[str, Tensor]], toys: Toys, tmp_path: Path) -> None:
+    """Five texts for two processes: one of them gets a text twice."""
+    rows = (toys.data / "held_out.jsonl").read_text().splitlines()[:5]
+    (tmp_path / "five.jsonl").write_text("\n".join(rows))
+    section = text_section(tmp_path / "five.jsonl", toys.data / "cache")
+    for num_processes in (1, 2):
+        trained(num_processes, "max_steps=1", eval_dataset=section)
+    perplexities = [logged(tmp_path / name / "run")[0]["held_out/perplexity"] for name in ("1", "2")]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-6)
