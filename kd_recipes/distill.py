@@ -6,6 +6,7 @@ Writes checkpoints to resume from, the best and the final student, and curves, t
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -28,20 +29,15 @@ from kd_recipes.parts import CHECKPOINTERS, Loaded, build, build_callable, build
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
-from kd_recipes.training.checkpoint import (
-    RunDirectory,
-    load_optimizer,
-    load_parameters,
-    random_state,
-    set_random_state,
-)
-from kd_recipes.training.data import accumulate, batches, build_dataset, build_loader, mask_repeated, seek, weigh
+from kd_recipes.training.checkpoint import RunDirectory, random_state, set_random_state
+from kd_recipes.training.data import Loader, accumulate, build_dataset, weigh
+from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
-from kd_recipes.training.precision import DTYPES, MasterWeights, dtype_name, resolve_dtype
+from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, check_models, preflight
 from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
-from kd_recipes.training.step import apply_update, grad_norm, require_finite
+from kd_recipes.training.step import NonFiniteError, Updates, require_finite
 
 __all__ = ["KEYS", "DistillRecipe", "main"]
 
@@ -59,17 +55,19 @@ class DistillRecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         preflight(cfg)
         self._cfg = cfg
+        self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
+        cfg.resume_from_checkpoint = self._run.goes_on(cfg.resume_from_checkpoint)
         self._device = local_device(cfg.device)
         self._parallel = Parallel.start(self._device, shard_size=cfg.shard_size, timeout=cfg.distributed_timeout)
-        self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
         if cfg.dtype == "auto" and cfg.resume_from_checkpoint:  # what was measured once holds for the whole run
             cfg.dtype = self._run.recorded_dtype or "auto"
         self._dtype = self._parallel.each(resolve_dtype(cfg.dtype, self._device))[0]  # as measured by the main process
         cfg.dtype = dtype_name(self._dtype)
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
-        self.step = 0
-        self._best = math.inf
+        self.step, self._best = 0, math.inf
         self._history: dict[int, HeldOut] = {}
+        self._is_evaluated, self._saved_at, self._num_skipped = False, 0, 0
+        self._interruption = Interruption(self._parallel)
 
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
@@ -88,26 +86,25 @@ class DistillRecipe(FTRecipeInterface):
             build_divergence("kd_loss", cfg.kd_loss),
             kd_ratio=self._schedules["kd_ratio"].start,
             temperature=self._schedules["temperature"].start,
-            teacher_temperature=cfg.teacher_temperature,
-            label_smoothing=cfg.label_smoothing,
+            **{key: cfg[key] for key in ("teacher_temperature", "label_smoothing", "chunk_size", "token_weights")},
             num_ids=self._num_ids,
-            chunk_size=cfg.chunk_size,
-            token_weights=cfg.token_weights,
         )
         self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
         self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
-        next(weigh(batches(self._loader, self._device, self._max_seq_len), self._token_weights))  # or an error in it
+        next(weigh(self._loader.batches(), self._token_weights))  # or an error in it
         self._steps_per_epoch = self._count_steps(len(self._loader))
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
-        self._build_optimizer([[torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]])
+        self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
         self.student = self._setup_student()
         self._teacher = self._setup_teacher()
-        features = {f"feature_losses.{name}": p for name, p in self._features.named_parameters()}
-        self._trained = {**self.student.trainable(), **features}
-        self._weights = MasterWeights(self._trained.values(), enabled=cfg.master_weights)
-        num_student = len(self._trained) - len(features)
-        groups = [self._weights.parameters[:num_student], self._weights.parameters[num_student:]]
-        self._optimizer, self._scheduler = self._build_optimizer([group for group in groups if group])
+        self._updates = Updates(
+            self.student.trainable(),
+            {f"feature_losses.{name}": parameter for name, parameter in self._features.named_parameters()},
+            self._build_optimizer,
+            master_weights=cfg.master_weights,
+            clip_grad_norm=cfg.clip_grad_norm,
+            parallel=self._parallel,
+        )
         if cfg.resume_from_checkpoint:
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
         self._profiler = build_profiler(cfg.profiler)
@@ -133,28 +130,31 @@ class DistillRecipe(FTRecipeInterface):
             raise ConfigError(Problem("dataset", got, wanted, "Lower batch_size or gradient_accumulation_steps"))
         return min(steps, int(self._cfg.max_steps_per_epoch or steps))
 
-    def _build_optimizer(self, groups: list[list[torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = build("optimizer", self._cfg.optimizer, [{"params": group} for group in groups])
+    def _build_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = build("optimizer", self._cfg.optimizer, groups)
         arguments = {"num_training_steps": self.num_steps, "last_epoch": -1}
         return optimizer, build("lr_scheduler", self._cfg.lr_scheduler, optimizer, **arguments)
 
-    def _setup_loader(self, key: str, *, shuffle: bool) -> Any:
+    def _setup_loader(self, key: str, *, shuffle: bool) -> Loader:
         dataset, packed = build_dataset(self._cfg[key], self._tokenizer, key)
-        return build_loader(
+        return Loader(
             dataset,
             packed=packed,
             batch_size=self._cfg.batch_size,
             shuffle=shuffle,
             seed=self._seed,
             padding_idx=self._tokenizer.pad_id,
+            device=self._device,
+            max_seq_len=self._max_seq_len,
             rank=self._parallel.rank,
             world_size=self._parallel.world_size,
         )
 
     def _setup_student(self) -> Student:
         cfg = self._cfg
-        keeps_masters = self._parallel.world_size > 1 and cfg.master_weights  # FSDP computes in the dtype asked for
-        loaded = self._load("model", torch.float32 if keeps_masters else self._dtype, self._parallel.world_size > 1)
+        is_split = self._parallel.world_size > 1
+        dtype = torch.float32 if is_split and cfg.master_weights else self._dtype  # FSDP computes in the one asked for
+        loaded = self._load("model", dtype, self._device, is_split)
         student = Student(
             loaded.model,
             cfg.model,
@@ -168,14 +168,11 @@ class DistillRecipe(FTRecipeInterface):
         self._parallel.shard(student.model, self._sharding(self._dtype))
         return student
 
-    def _load(self, key: str, dtype: torch.dtype, is_split: bool) -> Loaded:
+    def _load(self, key: str, dtype: torch.dtype, device: torch.device, is_split: bool) -> Loaded:
         """A model with its weights; one that is to be split is in the main process's host memory alone."""
         sections = (self._cfg[key], self._cfg[CHECKPOINTERS[key]])
-        device = torch.device("cpu") if is_split else local_device(self._device_name(key))
+        device = torch.device("cpu") if is_split else device
         return load_model(key, *sections, dtype=dtype, device=device, is_main=self._parallel.is_main or not is_split)
-
-    def _device_name(self, key: str) -> str:
-        return str((self._cfg.teacher_device if key == "teacher_model" else None) or self._cfg.device)
 
     def _sharding(self, dtype: torch.dtype) -> Sharding:
         cfg = self._cfg
@@ -186,45 +183,56 @@ class DistillRecipe(FTRecipeInterface):
         cfg = self._cfg
         if not asks_teacher(cfg):
             return None
-        device = local_device(self._device_name("teacher_model"))
+        device = local_device(cfg.teacher_device or cfg.device)
         dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
         is_split = self._parallel.world_size > 1 and cfg.shard_teacher
-        loaded = self._load("teacher_model", dtype, is_split)
+        loaded = self._load("teacher_model", dtype, device, is_split)
         teacher = OnlineTeacher(loaded.model, device, self._features.teacher_taps, compile_blocks=cfg.compile)
         if is_split:
             self._parallel.shard(teacher.model, self._sharding(dtype))
         return teacher
 
     def train(self) -> None:
-        """Run to the last step, then write the final student."""
-        if self.step == 0:
+        """Run to the last step, then write the final student.
+
+        Raises:
+            RunInterrupted: a signal asked the process to end; the run is saved.
+        """
+        waiting = name_late_processes(self._parallel, self._cfg.distributed_timeout)
+        with self._interruption, waiting, explain_memory(self._cfg, self._sizes()):
+            try:
+                self._train()
+            except RunInterrupted:
+                if self._saved_at < self.step:
+                    self.save_checkpoint()
+                raise
+        self._finish()
+
+    def _train(self) -> None:
+        if self._is_due(self._cfg.eval_every_n_steps) or self.step == 0:
             self.evaluate()
         self._profiler.start()
         is_quiet = not self._parallel.is_main
         with tqdm(total=self.num_steps, initial=self.step, desc="distil", unit="step", disable=is_quiet) as progress:
             while self.step < self.num_steps:
-                self._loader.sampler.set_epoch(self.step // self._steps_per_epoch)
                 self._train_epoch(progress)
         self._profiler.stop()
-        if self.step not in self._history:
-            self.evaluate()
-        self._finish()
+        self.evaluate()
 
     def _train_epoch(self, progress: Any) -> None:
-        micro_batches = batches(self._loader, self._device, self._max_seq_len)
+        weighed = weigh(self._loader.batches(self.step // self._steps_per_epoch), self._token_weights)
         meter = StepMeter()
-        weighed = weigh(micro_batches, self._token_weights)
         for micros in accumulate(weighed, self._cfg.gradient_accumulation_steps):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             now = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
             objective = replace(self._objective, kd_ratio=now["kd_ratio"], temperature=now["temperature"])
             for batch in micros:
+                self._parallel.note(self.step * len(micros) + len(micros))
                 loss = self._loss(objective, batch, max(num_tokens, 1))
                 loss.total.backward()
                 meter.add(loss)
-            self._weights.collect_grads()
-            self._parallel.sum_grads(self._features.parameters())
             self.step += 1
+            self._is_evaluated = False
             metrics = meter.finish(num_tokens, self._parallel.sum) | {f"objective/{key}": now[key] for key in now}
             self._update(metrics, num_tokens, progress)
             self._profiler.step()
@@ -233,6 +241,7 @@ class DistillRecipe(FTRecipeInterface):
             ends_epoch = self.step % self._steps_per_epoch == 0
             if self._is_due(self._cfg.save_every_n_steps) or ends_epoch or self.step == self.num_steps:
                 self.save_checkpoint()
+            self._interruption.check(self.step)
             if ends_epoch or self.step == self.num_steps:
                 return
             meter = StepMeter()
@@ -246,14 +255,21 @@ class DistillRecipe(FTRecipeInterface):
 
     def _update(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
         """Change the student by the gradients collected, unless they are of no use, and report the step."""
-        norm = grad_norm(self._weights.parameters)
-        metrics["optimizer/grad_norm"] = float(norm)
-        metrics["optimizer/lr"] = self._optimizer.param_groups[0]["lr"]
+        metrics["optimizer/grad_norm"] = self._updates.collect()
+        metrics["optimizer/lr"] = self._updates.optimizer.param_groups[0]["lr"]
         if num_tokens == 0:
             tqdm.write(f"step {self.step}: every label of its batches is masked; the weights stay as they are")
             return
-        require_finite(metrics["loss/total"], metrics["optimizer/grad_norm"], self.step)
-        apply_update(self._weights, self._optimizer, self._scheduler, self._cfg.clip_grad_norm, norm)
+        try:
+            require_finite(metrics["loss/total"], metrics["optimizer/grad_norm"], self.step, self._describe_batch)
+        except NonFiniteError as error:
+            self._num_skipped += 1
+            if self._num_skipped > self._cfg.max_skipped_steps:
+                raise
+            tqdm.write(f"left out: {error}")
+            self._updates.drop()
+            return
+        self._updates.apply()
         if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
         if self._parallel.is_main and self._is_due(self._cfg.log_every_n_steps):
@@ -263,21 +279,26 @@ class DistillRecipe(FTRecipeInterface):
             loss=f"{metrics['loss/total']:.3f}", tok_s=f"{metrics['throughput/tokens_per_second']:.0f}"
         )
 
+    def _describe_batch(self) -> str:
+        epoch, step = divmod(self.step - 1, self._steps_per_epoch)
+        num_samples = self._samples_per_step // self._parallel.world_size
+        rows = self._parallel.each(self._loader.rows(epoch, step * num_samples, (step + 1) * num_samples))
+        return f"rows {sorted(itertools.chain(*rows))} of `dataset` in epoch {epoch}"
+
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
     def evaluate(self) -> None:
         """Measure the student on held-out text; export it as ``best/`` if it is."""
-        if self._eval_loader is None:
+        if self._eval_loader is None or self._is_evaluated:
             return
         self.student.model.eval()
         limit = self._cfg.max_eval_batches or len(self._eval_loader)
-        held_out_batches = batches(self._eval_loader, self._device, self._max_seq_len)
         held_out = evaluate_held_out(
             self.student,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                islice(mask_repeated(held_out_batches, self._eval_loader), limit),
+                self._interruption.until(islice(self._eval_loader.batches(), limit), self.step),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,
@@ -288,6 +309,7 @@ class DistillRecipe(FTRecipeInterface):
         )
         self.student.model.train()
         self._history[self.step] = held_out
+        self._is_evaluated = True
         if self._parallel.is_main:
             log(self._logger, "held_out/", held_out.metrics(), self.step)
             tqdm.write(
@@ -300,33 +322,31 @@ class DistillRecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
-        state = {
+        weights, state = self._updates.state_dict()
+        state |= {
             "step": self.step,
             "seed": self._seed,
             "best": self._best,
-            "optimizer": self._parallel.gather(self._optimizer.state_dict()),
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
             "num_samples": self.step % self._steps_per_epoch * self._samples_per_step,
             "random": self._parallel.each(random_state()),
+            "is_evaluated": self._is_evaluated,
         }
-        weights = self._parallel.gather(dict(zip(self._trained, self._weights.parameters, strict=True)))
         if self._parallel.is_main:
             self._run.save(self.step, weights, state)
         self._parallel.barrier()
+        self._saved_at = self.step
 
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
         weights, state = self._run.load(name)
         try:
-            load_parameters(dict(zip(self._trained, self._weights.parameters, strict=True)), weights)
-            self._weights.publish()
-            load_optimizer(self._optimizer, self._scheduler, state)
-            seek(self._loader, state["num_samples"])
+            self._updates.load_state_dict(weights, state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what torch's parts raise, each its own
             wanted = "a checkpoint of the same model, optimizer and data"
             raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error
         self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
-        self._loader.sampler.seed = self._seed  # of a run with `seed: null`
+        self._is_evaluated, self._saved_at = state["is_evaluated"], self.step
+        self._loader.seek(state["num_samples"], self._seed)  # which may have been drawn
         if len(state["random"]) == self._parallel.world_size:  # else each process goes on from its own seed
             set_random_state(state["random"][self._parallel.rank])
 
@@ -343,11 +363,18 @@ class DistillRecipe(FTRecipeInterface):
 
     def _finish(self) -> None:
         self._export("final")
-        if not self._parallel.is_main:
-            return
-        print(f"Student after {self.step} steps: {self._run.path / 'final'}")
-        if self._eval_loader is not None:
-            print(f"Best student by held-out {self._cfg.best_metric}: {self._run.path / 'best'}")
+        if self._parallel.is_main:
+            print(f"Student after {self.step} steps: {self._run.path / 'final'}")
+            if self._eval_loader is not None:
+                print(f"Best student by held-out {self._cfg.best_metric}: {self._run.path / 'best'}")
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of what stays in memory, by what it is."""
+        return {
+            "student": num_bytes(self.student.model.parameters()),
+            "teacher": num_bytes(self._teacher.model.parameters() if self._teacher else ()),
+            "moments, if the optimizer is Adam": 2 * num_bytes(self._updates.parameters.values()),
+        }
 
     def cleanup(self) -> None:
         """Flush the metric logger, and part from the other processes."""
@@ -358,9 +385,9 @@ class DistillRecipe(FTRecipeInterface):
 
 def main(cfg: DictConfig) -> None:
     """Run a distillation from a checked config."""
-    recipe = DistillRecipe(cfg)
-    recipe.setup(cfg)
-    with explain_disk_errors(Path(cfg.output_dir)):  # a metric logger's, too
+    with explain_memory(cfg), explain_disk_errors(Path(cfg.output_dir)):  # a metric logger's, too
+        recipe = DistillRecipe(cfg)
+        recipe.setup(cfg)
         try:
             recipe.train()
         finally:

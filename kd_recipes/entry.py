@@ -83,7 +83,8 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
         argv: ``--config FILE [key=value …] [--help]``; the process's own by default.
 
     Returns:
-        0; 2 after bad input, 1 where a run that had begun could not go on (stderr says why).
+        0; 2 after bad input; where a run that had begun ended early (stderr says why) 1, or 128 and the number of the
+        signal that asked it to.
     """
     parser = argparse.ArgumentParser(prog=f"tune run kd_recipes.{name or '<recipe>'}", add_help=False)
     parser.add_argument("--config")
@@ -105,7 +106,7 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except RunError as error:
         print(f"kd_recipes.{name} stopped:\n  - {error}", file=sys.stderr)
-        return EXIT_STOPPED
+        return error.exit_status
     return 0
 
 

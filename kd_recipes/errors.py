@@ -42,6 +42,8 @@ class ConfigError(ValueError):
 class RunError(RuntimeError):
     """A run that has begun cannot go on, for a reason that its user can do something about; says which and what."""
 
+    exit_status = 1
+
 
 def one_line(error: Exception) -> str:
     """What an exception says, with its type where that is needed to understand it (``KeyError('text')``)."""

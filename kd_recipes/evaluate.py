@@ -28,7 +28,7 @@ from kd_recipes.parts import build, find_device, load_model
 from kd_recipes.signals import DenseSignal
 from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
-from kd_recipes.training.data import batches, build_dataset, build_loader
+from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.precision import DTYPES, dtype_name, is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer, token_ids
 
@@ -107,15 +107,17 @@ def _require_one_vocabulary(directories: dict[str, Path], reference: str) -> Non
 
 def _text(cfg: DictConfig, tokenizer: Any, device: torch.device) -> list[Batch]:
     dataset, packed = build_dataset(cfg.dataset, tokenizer, "dataset")
-    loader = build_loader(
+    loader = Loader(
         dataset,
         packed=packed,
         batch_size=cfg.batch_size,
         shuffle=False,
         seed=0,
         padding_idx=tokenizer.pad_id,
+        device=device,
+        max_seq_len=sys.maxsize,
     )
-    return list(islice(batches(loader, device, sys.maxsize), cfg.max_batches))
+    return list(islice(loader.batches(), cfg.max_batches))
 
 
 def _measure(

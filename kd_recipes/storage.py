@@ -7,6 +7,7 @@ must still be writable. Neither `safetensors.torch.save_file` (all tensors at on
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from kd_recipes.errors import ConfigError, Problem, RunError
 
 # The limit of the reference implementation: a larger length is a damaged file, not a large model.
 MAX_HEADER_BYTES = 100_000_000
+
+_MANIFEST = "manifest.json"
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -179,6 +182,40 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_manifest(directory: Path) -> None:
+    """Record size and SHA-256 of every file in a directory, for :func:`damage`."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
+    write_json(directory / _MANIFEST, {"files": entries})
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a directory that has a manifest; None where every file is, bit for bit, what was written."""
+    try:
+        entries = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in entries.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{name} has {size} bytes of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} is not what was written: its SHA-256 differs"
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, obj: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -262,6 +263,25 @@ class InterruptingLogger(DiskLogger):
         super().log_dict(payload, step)
         if step == self._stop_at and "loss/total" in payload:
             raise Interrupted
+
+
+class SignallingLogger(DiskLogger):
+    """A metric logger that sends the process a signal once.
+
+    Args:
+        at: the step whose metrics it is sent with.
+        tag: a metric that has to be among them.
+        number: of the signal.
+    """
+
+    def __init__(self, log_dir: str, at: int, tag: str = "loss/total", number: int = signal.SIGTERM) -> None:
+        super().__init__(log_dir)
+        self._at, self._tag, self._number = at, tag, number
+
+    def log_dict(self, payload: Any, step: int) -> None:
+        super().log_dict(payload, step)
+        if step == self._at and self._tag in payload:
+            os.kill(os.getpid(), self._number)
 
 
 class FullDiskLogger(DiskLogger):

@@ -1,7 +1,8 @@
 """What a run leaves in its output directory, and how it finds its way back in.
 
 run.yaml                     the config that made the run; its presence says that a run lives here
-checkpoints/step_00000120/   everything that resuming needs: weights, optimizer, random state, data position
+checkpoints/step_00000120/   everything that resuming needs: weights, optimizer, random state, data position; and a
+                             manifest of its files' SHA-256, by which damage is known
 best/  final/                students, in the form of the checkpoint that the student was loaded from
 logs/                        what the metric logger writes
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import zipfile
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_recipes.errors import ConfigError, Problem, one_line
-from kd_recipes.storage import atomic_directory, explain_disk_errors, read_safetensors_header
+from kd_recipes.storage import atomic_directory, damage, explain_disk_errors, write_manifest
 from kd_recipes.training.parallel import split_like, split_optimizer_state
 
 _WEIGHTS, _STATE, _CONFIG = "weights.safetensors", "state.pt", "run.yaml"
@@ -45,6 +46,14 @@ class RunDirectory:
     def is_occupied(self) -> bool:
         """Whether a run lives here, or something that one would write over."""
         return any((self.path / name).exists() for name in (_CONFIG, *_RESULTS))
+
+    def goes_on(self, resume: bool | str) -> bool:
+        """Whether a run with this ``resume_from_checkpoint`` goes on with the one that is here."""
+        return bool(self.checkpoints()) if resume == "auto" else bool(resume)
+
+    def may_begin_anew(self, resume: bool | str) -> bool:
+        """Whether what is here is a run of which nothing has been saved, and which it is left to us to begin again."""
+        return resume == "auto" and (self.path / _CONFIG).is_file() and not self.checkpoints()
 
     @property
     def results(self) -> list[Path]:
@@ -82,16 +91,17 @@ class RunDirectory:
             )
             with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
                 torch.save(state, file)
+            write_manifest(directory)
         found = self.checkpoints()
         own = found[: found.index(new) + 1]
         for other in [*found[len(own) :], *own[: -self._keep_last_n]]:
             shutil.rmtree(other)
 
     def find(self, name: str | None = None) -> Path:
-        """The newest checkpoint, or the one named (a path, absolute or from this directory).
+        """The newest checkpoint that is whole, or the one named (a path, absolute or from this directory).
 
         Raises:
-            ConfigError: there is none, or its files are not whole, as far as their ends show.
+            ConfigError: there is none, or the one named is damaged.
         """
         found = self.checkpoints()
         if name is None and not found:
@@ -99,13 +109,16 @@ class RunDirectory:
             if self.is_occupied:
                 remedy = f"The run stopped before it saved one: delete {self.path}, and start anew without resuming"
             raise ConfigError(Problem("resume_from_checkpoint", True, f"a checkpoint in {self.path}", remedy))
-        directory = self.path / name if name is not None else found[-1]
-        try:
-            read_safetensors_header(directory / _WEIGHTS)
-            with zipfile.ZipFile(directory / _STATE):
+        candidates = found[::-1] if name is None else [self.path / name]
+        damages = {directory: damage(directory) for directory in candidates[:1]}
+        while all(damages.values()) and len(damages) < len(candidates):
+            directory = candidates[len(damages)]
+            damages[directory] = damage(directory)
+        for directory, why in damages.items():
+            if why is None:
                 return directory
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise self._unreadable(directory, error) from error
+        newest = candidates[0]
+        raise self._damaged(newest, str(damages[newest]))
 
     def load(self, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read the checkpoint that :meth:`find` finds.
@@ -114,15 +127,17 @@ class RunDirectory:
             ConfigError: there is none, or it cannot be read.
         """
         directory = self.find(name)
+        newest = self.checkpoints()[-1:]
+        if name is None and directory not in newest:
+            print(f"{newest[0]} is damaged; going on from {directory.name}", file=sys.stderr)
         try:
             return load_file(directory / _WEIGHTS), torch.load(directory / _STATE, weights_only=True)
-        except Exception as error:  # each library has its own exceptions for a damaged file
-            raise self._unreadable(directory, error) from error
+        except Exception as error:  # each library has its own exceptions for a file that is not its
+            raise self._damaged(directory, one_line(error)) from error
 
-    def _unreadable(self, directory: Path, error: Exception) -> ConfigError:
+    def _damaged(self, directory: Path, why: str) -> ConfigError:
         others = [path.name for path in self.checkpoints() if path != directory]
-        remedy = f"Delete it to resume from the one before; others here: {others or 'none'}"
-        why = one_line(error).removeprefix("- ")
+        remedy = f"Delete it, or name another; others here: {others or 'none'}"
         return ConfigError(
             Problem("resume_from_checkpoint", str(directory), f"a checkpoint that is whole ({why})", remedy)
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.datasets import ConcatDataset
@@ -50,65 +51,87 @@ def _require_labels(dataset: Any, key: str) -> None:
         raise ConfigError(Problem(key, f"{len(dataset)} samples, all labels masked", wanted, remedy))
 
 
-def build_loader(
-    dataset: Any,
-    *,
-    packed: bool,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    padding_idx: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> StatefulDataLoader:
+class Loader:
     """Batches in an order that depends on the seed and the epoch alone.
 
     The processes' batches of a turn are together what a single process has in it with batches as large as all theirs.
+
+    Args:
+        dataset: of torchtune's samples.
+        packed: whether they are packed.
+        batch_size: samples of a batch.
+        shuffle: draw a new order for each epoch, and drop what does not fill a batch. Text that is not shuffled is
+            seen to its last token: processes that have run out get a sample again, with its labels masked.
+        seed: of the order.
+        padding_idx: id that short samples are filled up with.
+        device: of the batches.
+        max_seq_len: that the models' positions reach to.
+        rank: of this process.
+        world_size: number of processes.
     """
-    sampler: StatefulDistributedSampler = StatefulDistributedSampler(
-        dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed
-    )
-    return StatefulDataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        collate_fn=_torchtune.collate(padding_idx, packed),
-        drop_last=shuffle,  # held-out data, which is not shuffled, is seen to its last token
-        # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
-        generator=torch.Generator(),
-    )
 
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        packed: bool,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        padding_idx: int,
+        device: torch.device,
+        max_seq_len: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._sampler: StatefulDistributedSampler = StatefulDistributedSampler(
+            dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed
+        )
+        self._loader = StatefulDataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self._sampler,
+            collate_fn=_torchtune.collate(padding_idx, packed),
+            drop_last=shuffle,
+            # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
+            generator=torch.Generator(),
+        )
+        self._device, self._max_seq_len = device, max_seq_len
 
-def seek(loader: StatefulDataLoader, num_samples: int) -> None:
-    """Begin the next pass behind so many samples, counted over all processes."""
-    sampler = loader.sampler
-    sampler.load_state_dict({sampler._YIELDED: num_samples // sampler.num_replicas})
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._loader)
 
+    def batches(self, epoch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, labels shifted, on the device.
 
-def mask_repeated(batches: Iterable[Batch], loader: StatefulDataLoader) -> Iterator[Batch]:
-    """Mask the samples that fill up the last processes' last batches in a pass that is not shuffled."""
-    sampler, position = loader.sampler, loader.sampler.rank
-    for batch in batches:
-        num_rows = len(batch.labels_BS)
-        positions_B = position + sampler.num_replicas * torch.arange(num_rows, device=batch.labels_BS.device)
-        position += sampler.num_replicas * num_rows
-        is_repeated_B1 = (positions_B >= len(loader.dataset)).unsqueeze(1)
-        yield replace(batch, labels_BS=batch.labels_BS.masked_fill(is_repeated_B1, IGNORE_INDEX))
+        Raises:
+            ConfigError: a sequence that the models' positions do not reach.
+        """
+        self._sampler.set_epoch(epoch)
+        position, num_replicas = self._sampler.rank, self._sampler.num_replicas
+        for collated in self._loader:
+            num_rows, length = collated["tokens"].shape
+            if length > self._max_seq_len:
+                wanted = f"at most {self._max_seq_len}, the shorter max_seq_len of the models"
+                remedy = f"Set tokenizer.max_seq_len={self._max_seq_len} to cut longer ones"
+                raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
+            if not self._sampler.shuffle:
+                is_repeated_B = position + num_replicas * torch.arange(num_rows) >= len(self._loader.dataset)
+                collated["labels"] = collated["labels"].masked_fill(is_repeated_B.unsqueeze(1), IGNORE_INDEX)
+            position += num_replicas * num_rows
+            yield shift_labels(collated).to(self._device)
 
+    def seek(self, num_samples: int, seed: int) -> None:
+        """Begin the next pass behind so many samples, counted over all processes, of the order of a seed."""
+        self._sampler.seed = seed
+        self._sampler.load_state_dict({self._sampler._YIELDED: num_samples // self._sampler.num_replicas})
 
-def batches(loader: Iterable[Any], device: torch.device, max_seq_len: int) -> Iterator[Batch]:
-    """The loader's batches with shifted labels, on a device.
-
-    Raises:
-        ConfigError: a sequence that the student's positions do not reach.
-    """
-    for collated in loader:
-        length = collated["tokens"].shape[1]
-        if length > max_seq_len:
-            wanted = f"at most {max_seq_len}, the shorter max_seq_len of the models"
-            remedy = f"Set tokenizer.max_seq_len={max_seq_len} to cut longer ones"
-            raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
-        yield shift_labels(collated).to(device)
+    def rows(self, epoch: int, start: int, stop: int) -> list[int]:
+        """The rows of the data set that this process has in an epoch between two positions, counted in samples."""
+        self._sampler.set_epoch(epoch)
+        order = DistributedSampler.__iter__(self._sampler)  # and not the stateful one's, which would lose its place
+        return list(islice(order, start, stop))
 
 
 def weigh(batches: Iterable[Batch], token_weights: Callable[[Batch], Any] | None) -> Iterator[Batch]:

@@ -168,6 +168,22 @@ class Parallel:
         dist.all_gather_object(values, value)
         return values
 
+    def note(self, progress: int) -> None:
+        """Leave word of how far this process is, for :meth:`late`."""
+        if self.world_size > 1:
+            _store().set(f"kd_recipes/progress/{self.rank}", str(progress))
+
+    def late(self) -> list[int]:
+        """The processes that are behind this one by what they last left word of: one of them is waited for."""
+        if self.world_size == 1:
+            return []
+        try:
+            keys = [f"kd_recipes/progress/{rank}" for rank in range(self.world_size)]
+            progress = [int(_store().get(key)) if _store().check([key]) else -1 for key in keys]
+        except RuntimeError:  # the store has gone with the process that kept it
+            return []
+        return [rank for rank, at in enumerate(progress) if at < progress[self.rank]]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
@@ -177,6 +193,10 @@ class Parallel:
         """Part from the other processes."""
         if dist.is_initialized() and self.world_size > 1:
             dist.destroy_process_group()
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def split_like(whole: Tensor, parameter: Tensor) -> Tensor:

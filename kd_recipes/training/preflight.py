@@ -216,9 +216,9 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
     if directory.exists() and not directory.is_dir():
         yield Problem("output_dir", str(directory), "a directory", "There is a file of that name")
         return
-    if cfg.resume_from_checkpoint:
+    if run.goes_on(cfg.resume_from_checkpoint):
         yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
-    elif run.is_occupied:
+    elif run.is_occupied and not run.may_begin_anew(cfg.resume_from_checkpoint):
         remedy = "Choose another output_dir, delete it, or go on with it: resume_from_checkpoint=True"
         yield Problem("output_dir", str(directory), "a directory that holds no other run", remedy)
     for key in _checkpointers(cfg):

@@ -91,7 +91,20 @@ KEYS = (
     Key("epochs", "int", default=1, wanted="a whole number above 0", check=is_positive),
     Key("max_steps_per_epoch", "int", wanted="a whole number above 0", check=is_positive),
     Key("max_steps", "int", wanted="a whole number above 0", check=is_positive),
-    Key("resume_from_checkpoint", "bool", default=False),
+    Key(
+        "resume_from_checkpoint",
+        "any",
+        default=False,
+        wanted="True, False, or auto: go on where there is something to go on with",
+        check=lambda value: isinstance(value, bool) or value == "auto",
+    ),
+    Key(
+        "max_skipped_steps",
+        "int",
+        default=0,
+        wanted="how many steps without a finite gradient are left out before the run stops, from 0",
+        check=lambda value: value >= 0,
+    ),
     Key(
         "save_every_n_steps",
         "int",

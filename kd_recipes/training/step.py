@@ -1,55 +1,120 @@
-"""One update of a student: from gradients to weights."""
+"""One update of a student after another: from gradients to weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import RunError
+from kd_recipes.training.checkpoint import load_optimizer, load_parameters
+from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import MasterWeights
+
+BuildOptimizer = Callable[[list[dict[str, Any]]], tuple[torch.optim.Optimizer, Any]]
 
 
 class NonFiniteError(RunError):
     """The loss or the gradient is not a number; raised before the update, so the weights are still good."""
 
 
-def require_finite(loss: float, grad_norm: float, step: int) -> None:
+class Updates:
+    """Everything that changes from step to step but the data: weights, optimizer, learning rate.
+
+    Args:
+        student: parameters that are trained, by name; split over the processes, if there are several.
+        features: parameters of feature terms, by name; whole on each process.
+        build: from groups of parameters to an optimizer, and a schedule of its learning rate or None.
+        master_weights: whether the optimizer works on float32 copies.
+        clip_grad_norm: largest norm of a step's gradient; None for any.
+        parallel: the processes.
+    """
+
+    def __init__(
+        self,
+        student: Mapping[str, nn.Parameter],
+        features: Mapping[str, nn.Parameter],
+        build: BuildOptimizer,
+        *,
+        master_weights: bool,
+        clip_grad_norm: float | None,
+        parallel: Parallel,
+    ) -> None:
+        self._weights = MasterWeights([*student.values(), *features.values()], enabled=master_weights)
+        self._features = list(features.values())
+        self._clip_grad_norm = clip_grad_norm
+        self._parallel = parallel
+        parameters = self._weights.parameters
+        self.parameters = dict(zip([*student, *features], parameters, strict=True))
+        groups = [parameters[: len(student)], parameters[len(student) :]]
+        self.optimizer, self.scheduler = build([{"params": group} for group in groups if group])
+        self._norm = torch.zeros(())
+
+    def collect(self) -> float:
+        """Take the gradients of all micro-batches; returns their common 2-norm, over all processes."""
+        self._weights.collect_grads()
+        self._parallel.sum_grads(self._features)
+        self._norm = grad_norm(self.parameters.values())
+        return float(self._norm)
+
+    def apply(self) -> None:
+        """Clip the gradients, step, publish the weights, advance the learning rate, and drop the gradients."""
+        if self._clip_grad_norm is not None:
+            for alike in _split_and_whole(self.parameters.values()):
+                torch.nn.utils.clip_grads_with_norm_(alike, self._clip_grad_norm, self._norm)
+        self.optimizer.step()
+        self._weights.publish()
+        self.drop()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights, in the optimizer's precision, and what optimizer and schedule have gathered; whole tensors."""
+        schedule = self.scheduler.state_dict() if self.scheduler is not None else None
+        optimizer = self._parallel.gather(self.optimizer.state_dict())
+        return self._parallel.gather(dict(self.parameters)), {"optimizer": optimizer, "scheduler": schedule}
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take :meth:`state_dict` back.
+
+        Raises:
+            KeyError: the weights are others.
+            ValueError: the optimizer is another.
+        """
+        load_parameters(self.parameters, weights)
+        self._weights.publish()
+        load_optimizer(self.optimizer, self.scheduler, state)
+
+
+def require_finite(loss: float, grad_norm: float, step: int, batch: Callable[[], str]) -> None:
     """Stop before an update that would ruin the weights.
 
+    Args:
+        loss: of the step.
+        grad_norm: of its gradient.
+        step: its number.
+        batch: says what it was computed from.
+
     Raises:
-        NonFiniteError: with the step, and what usually helps.
+        NonFiniteError: with the step, its batch, and what usually helps.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights are those of step {step - 1}. "
-            "Lower optimizer.lr, set clip_grad_norm, or compute in fp32; the last checkpoint is untouched"
+            f"Its batch: {batch()}. Lower optimizer.lr, set clip_grad_norm, or compute in fp32; if it is the data, "
+            "max_skipped_steps lets such steps pass. The last checkpoint is untouched"
         )
 
 
-def apply_update(
-    weights: MasterWeights,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    clip_grad_norm: float | None,
-    norm: Tensor,
-) -> None:
-    """Clip gradients of this norm, step, publish the weights, advance the learning rate, and drop the gradients."""
-    if clip_grad_norm is not None:
-        for alike in _split_and_whole(weights.parameters):
-            torch.nn.utils.clip_grads_with_norm_(alike, clip_grad_norm, norm)
-    optimizer.step()
-    weights.publish()
-    optimizer.zero_grad(set_to_none=True)
-    if scheduler is not None:
-        scheduler.step()
-
-
-def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The gradients' common 2-norm, over all processes."""
     norms = []
     for alike in _split_and_whole(parameters):
@@ -58,9 +123,9 @@ def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _split_and_whole(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+def _split_and_whole(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those that are split over the processes, and the others: torch does not compute with both at once."""
-    kinds: dict[bool, list[torch.nn.Parameter]] = {}
+    kinds: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
     return list(kinds.values())

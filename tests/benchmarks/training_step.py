@@ -24,8 +24,6 @@ from quickstart_baselines import TORCHTUNE, TUNE
 
 from kd_recipes.config import find_config, load_and_validate
 from kd_recipes.distill import DistillRecipe
-from kd_recipes.training.data import batches
-from kd_recipes.training.step import apply_update, grad_norm
 
 STEPS, ROUNDS = 8, 5
 RECIPES = {
@@ -66,22 +64,21 @@ class Parts:
         self.recipe = recipe = DistillRecipe(cfg)
         recipe.setup(cfg)
         assert recipe._teacher is not None
-        self.batch = next(batches(recipe._loader, recipe._device, recipe._max_seq_len))
+        self.batch = next(recipe._loader.batches())
         student = recipe.student(self.batch).logits
         teacher = recipe._teacher.signal(self.batch).logits
         self.factors = [(logits.inputs[0].detach(), logits.weights[0].detach()) for logits in (student, teacher)]
         self.grad = torch.randn_like(self.factors[0][0])
         self.logits = torch.empty(len(self.grad), recipe._num_ids)
+        self.grads: list[torch.Tensor] = []
         self.whole()
-        self.grads = [parameter.grad for parameter in recipe._weights.parameters]
 
     def whole(self) -> None:
         """As the recipe does it."""
         loss = self.recipe._loss(self.recipe._objective, self.batch, self.batch.num_valid_tokens)
         loss.total.backward()
-        self.recipe._weights.collect_grads()
         float(loss.total.detach())
-        self.grads = [parameter.grad for parameter in self.recipe._weights.parameters]
+        self.grads = [parameter.grad for parameter in self.recipe._updates.parameters.values()]
         self.optimizer()
 
     def teacher_body(self) -> None:
@@ -92,7 +89,7 @@ class Parts:
     def student_body(self) -> None:
         """Its hidden states, and from their gradient to the adapters'."""
         self.recipe.student(self.batch).logits.inputs[0].backward(self.grad)
-        self.recipe._optimizer.zero_grad(set_to_none=True)
+        self.recipe._updates.drop()
 
     @torch.no_grad()
     def floor(self) -> None:
@@ -104,11 +101,11 @@ class Parts:
 
     def optimizer(self) -> None:
         """Norm, clipping, update."""
-        recipe = self.recipe
-        for parameter, grad in zip(recipe._weights.parameters, self.grads, strict=True):
+        updates = self.recipe._updates
+        for parameter, grad in zip(updates.parameters.values(), self.grads, strict=True):
             parameter.grad = grad
-        norm = grad_norm(recipe._weights.parameters)
-        apply_update(recipe._weights, recipe._optimizer, recipe._scheduler, recipe._cfg.clip_grad_norm, norm)
+        updates.collect()
+        updates.apply()
 
     def ratio(self) -> tuple[float, dict[str, float]]:
         """The whole step over the sum of its parts, and each part's share of that sum; medians."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from bad_input import SAVING, Rejected, WriteConfig, snapshot, use
 
 from kd_recipes.entry import EXIT_STOPPED, run_recipe
@@ -95,22 +96,43 @@ def test_resuming_a_run_without_a_checkpoint(write_config: WriteConfig, tmp_path
     assert f"delete {tmp_path / 'run'}" in message
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(
-    name: str, damage: str, write_config: WriteConfig, tmp_path: Path, rejected: Rejected
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "one bit"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    name: str,
+    damage: str,
+    write_config: WriteConfig,
+    tmp_path: Path,
+    rejected: Rejected,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    distill(write_config(tmp_path), *SAVING)
+    unbroken = distill(write_config(tmp_path), *SAVING)
     newest = tmp_path / "run" / "checkpoints" / "step_00000002"
-    content = (newest / name).read_bytes()
+    content = bytearray((newest / name).read_bytes())
     (newest / name).unlink()
     if damage == "truncated":
         (newest / name).write_bytes(content[: len(content) // 2])
-    message = rejected("resume_from_checkpoint=True")
-    assert f"resume_from_checkpoint: got '{newest}', wanted a checkpoint that is whole" in message
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1
+        (newest / name).write_bytes(content)
+    message = rejected("resume_from_checkpoint=True", f"checkpointer.recipe_checkpoint={newest}")
+    assert f"resume_from_checkpoint: got '{newest}', wanted a checkpoint that is whole ({name}" in message.replace(
+        "(manifest.json cannot", f"({name} cannot"
+    )
     assert "others here: ['step_00000001']" in message
-    shutil.rmtree(newest)  # the remedy
-    assert distill(tmp_path / "config.yaml", *SAVING, "resume_from_checkpoint=True").step == 2
+    resumed = distill(tmp_path / "config.yaml", *SAVING, "resume_from_checkpoint=auto")
+    assert f"{newest} is damaged; going on from step_00000001" in capfd.readouterr().err
+    assert resumed.step == 2
+    for key, parameter in resumed._updates.parameters.items():
+        assert torch.equal(parameter, unbroken._updates.parameters[key])
+
+
+def test_no_checkpoint_is_whole(write_config: WriteConfig, tmp_path: Path, rejected: Rejected) -> None:
+    distill(write_config(tmp_path), *SAVING)
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.pt"):
+        file.unlink()
+    message = rejected("resume_from_checkpoint=auto")
+    assert "wanted a checkpoint that is whole (state.pt is missing)" in message
 
 
 @pytest.mark.parametrize(
@@ -197,6 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert re.search(
         r"distill stopped:\n  - step 3: loss \S+, gradient norm (nan|inf); the weights are those of step 2", stderr
     )
+    assert re.search(r"Its batch: rows \[\d+, \d+\] of `dataset` in epoch 0", stderr)
     assert "Lower optimizer.lr" in stderr
     assert snapshot(tmp_path / "run" / "checkpoints") == before
     assert distill(config, "resume_from_checkpoint=True", "max_steps=3").step == 3

@@ -72,13 +72,13 @@ def test_updates_do_not_depend_on_the_split_into_micro_batches(
 # ----------------------------------------------------------------------------------------------------------- resuming
 def _state(recipe: DistillRecipe) -> dict[str, Any]:
     """Everything that decides how a run goes on."""
-    optimizer = recipe._optimizer.state_dict()
+    optimizer = recipe._updates.optimizer.state_dict()
     return {
         "weights": recipe.student.trainable(),
         "optimizer": optimizer["state"],
         "lr": [group["lr"] for group in optimizer["param_groups"]],
-        "scheduler": recipe._scheduler.state_dict() if recipe._scheduler else None,
-        "masters": recipe._weights.parameters,
+        "scheduler": recipe._updates.scheduler.state_dict() if recipe._updates.scheduler else None,
+        "masters": recipe._updates.parameters,
         "random": torch.get_rng_state(),
         "best": recipe._best,
         "step": recipe.step,

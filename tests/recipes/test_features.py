@@ -113,7 +113,7 @@ def test_terms_with(kind: str, toys: Toys, write_config: WriteConfig, tmp_path: 
     recipe = distill(write_config(tmp_path, **settings), "max_steps=2")
     at, names = logged(tmp_path / "run")[2], [term.name for term in recipe._features.by_name.values()]
     assert all(0 < at[f"loss/{name}"] < math.inf for name in names)
-    assert all(p.grad is None and p.isfinite().all() for p in recipe._trained.values())
+    assert all(p.grad is None and p.isfinite().all() for p in recipe._updates.parameters.values())
 
 
 def test_a_resumed_run_equals_an_unbroken_one(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_a_resumed_run_equals_an_unbroken_one(write_config: WriteConfig, tmp_pat
     unbroken = distill(write_config(whole, **settings), "max_steps=4")
     distill(write_config(parts, **settings), "max_steps=2")
     resumed = distill(write_config(parts, **settings), "max_steps=4", "resume_from_checkpoint=True", "seed=1")
-    assert resumed._trained.keys() == unbroken._trained.keys()
-    for name, parameter in resumed._trained.items():
-        assert torch.equal(parameter, unbroken._trained[name]), name
+    assert resumed._updates.parameters.keys() == unbroken._updates.parameters.keys()
+    for name, parameter in resumed._updates.parameters.items():
+        assert torch.equal(parameter, unbroken._updates.parameters[name]), name
 
 
 def test_micro_batches_add_up(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_micro_batches_add_up(write_config: WriteConfig, tmp_path: Path) -> None
         settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "shuffle": False}
         optimizer = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.1}}
         recipe = distill(write_config(directory, feature_losses=[HIDDEN, RELATIONS], **settings, **optimizer))
-        trained.append(recipe._trained)
+        trained.append(recipe._updates.parameters)
     for name, parameter in trained[0].items():
         torch.testing.assert_close(parameter, trained[1][name], rtol=1e-4, atol=1e-5)
 
@@ -147,7 +147,7 @@ def test_nothing_is_watched_where_nothing_is_asked(write_config: WriteConfig, tm
     for model in (recipe.student.model, recipe._teacher.model):  # type: ignore[union-attr]
         assert model.output_hidden_states == []
         assert not any(module._forward_hooks for module in model.modules())
-    assert recipe._trained.keys() == recipe.student.trainable().keys()
+    assert recipe._updates.parameters.keys() == recipe.student.trainable().keys()
 
 
 @pytest.mark.parametrize(
