@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if options.command == "cp":
             return _copy(options.name, options.destination, force=options.force)
-        return _validate(options.file, options.overrides, options.recipe)
+        return _validate(options.file, options.overrides, options.recipe, trusts_all=options.trust_config)
     except ImportError as error:
         installed = version("torchao")
         if tuple(int(part) for part in installed.split(".")[:2]) < FIRST_BAD_TORCHAO:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check a config, and list all that is wrong with it")
     validate.add_argument("file", metavar="FILE", help="a YAML file, or the name of a shipped config")
     validate.add_argument("overrides", metavar="key=value", nargs="*", help="as after `tune run … --config FILE`")
+    validate.add_argument("--trust-config", action="store_true", help="let the config name any code")
     validate.add_argument("--recipe", choices=RECIPES, help="default: the config's own `recipe`, else distill")
     return parser
 
@@ -120,9 +121,9 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
     return 0
 
 
-def _validate(file: str, overrides: Sequence[str], recipe: str | None) -> int:
+def _validate(file: str, overrides: Sequence[str], recipe: str | None, *, trusts_all: bool) -> int:
     try:
-        load_and_validate(file, list(overrides), recipe)
+        load_and_validate(file, list(overrides), recipe, trusts_all=trusts_all)
     except ConfigError as error:
         count = len(error.problems)
         return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")

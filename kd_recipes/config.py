@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.trust import EVERYTHING, trust_problems, trusted_packages
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a text"),
@@ -35,6 +36,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "any": ((object,), "anything"),
 }
 
+_TRUST_KEY = "trusted_components"
 _SCHEDULE = "{start, end, shape: linear or cosine, num_steps: of the whole run by default}"
 
 
@@ -98,11 +100,16 @@ def find_config(name: str) -> Path:
     raise ConfigError(Problem("--config", name, "a YAML file", f"Shipped configs: {', '.join(near)}"))
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+def load(name: str, overrides: Sequence[str] = (), *, trusts_all: bool = False) -> DictConfig:
     """Read a config and merge ``key=value`` overrides into it, with torchtune's own rules.
 
+    Args:
+        name: of the file, as :func:`find_config` takes it.
+        overrides: among them ``trusted_components=[package, …]``, which the file cannot say of itself.
+        trusts_all: whether the config may name any code.
+
     Raises:
-        ConfigError: the file is missing or no YAML mapping, or an override cannot be read.
+        ConfigError: the file is missing or no YAML mapping, an override cannot be read, or a component is not trusted.
     """
     from kd_recipes import _torchtune
 
@@ -113,13 +120,47 @@ def load(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(Problem("--config", str(path), "a readable YAML file", one_line(error))) from error
     if not isinstance(content, DictConfig):
         raise ConfigError(Problem("--config", str(path), "a YAML mapping of keys to values"))
+    if _TRUST_KEY in content:
+        remedy = "A config cannot vouch for itself: say it on the command line"
+        raise ConfigError(Problem(_TRUST_KEY, _plain(content[_TRUST_KEY]), "no such key in a file", remedy))
     try:
-        return _torchtune.merge_overrides(content, overrides)
+        cfg = _torchtune.merge_overrides(content, overrides)
+        added = [str(package) for package in cfg.pop(_TRUST_KEY, None) or []]
+        tree = OmegaConf.to_container(cfg, resolve=not [*_interpolation_problems(cfg)])
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(Problem("overrides", list(overrides), "key=value or ~key", one_line(error))) from error
+    packages = [EVERYTHING] if trusts_all else trusted_packages(added)
+    if problems := [*trust_problems(tree, packages, _torchtune.locate)]:
+        raise ConfigError(*problems)
+    return cfg
 
 
-def load_and_validate(name: str, overrides: Sequence[str] = (), recipe: str | None = None) -> DictConfig:
+def hide_environment(cfg: DictConfig, text: str) -> str:
+    """A text for the screen or a log, without what a config takes from environment variables."""
+    for value, resolved in _leaves(cfg):
+        if "oc.env" in value and resolved:
+            text = text.replace(resolved, value)
+    return text
+
+
+def _leaves(cfg: DictConfig) -> Iterator[tuple[str, str]]:
+    """Texts of a config, as they stand and with their interpolations resolved."""
+    if [*_interpolation_problems(cfg)]:
+        return
+    pairs = [(OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True))]
+    while pairs:
+        raw, resolved = pairs.pop()
+        if isinstance(raw, dict) and isinstance(resolved, dict):
+            pairs += [(raw[key], resolved[key]) for key in raw]
+        elif isinstance(raw, list) and isinstance(resolved, list):
+            pairs += zip(raw, resolved, strict=True)
+        elif isinstance(raw, str):
+            yield raw, str(resolved)
+
+
+def load_and_validate(
+    name: str, overrides: Sequence[str] = (), recipe: str | None = None, *, trusts_all: bool = False
+) -> DictConfig:
     """:func:`load`, then :func:`validate` with the keys of the recipe named, or of the config's own ``recipe``.
 
     Raises:
@@ -127,7 +168,7 @@ def load_and_validate(name: str, overrides: Sequence[str] = (), recipe: str | No
     """
     from kd_recipes import entry
 
-    cfg = load(name, overrides)
+    cfg = load(name, overrides, trusts_all=trusts_all)
     return validate(cfg, entry.recipe_module(entry.choose_recipe(recipe, cfg)).KEYS)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from kd_recipes.config import Key, load, validate
+from kd_recipes.config import Key, hide_environment, load, validate
 from kd_recipes.errors import ConfigError, Problem, RunError
 
 RECIPES = ("compress", "distill", "evaluate", "import_gguf")
@@ -80,7 +80,7 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
 
     Args:
         name: the recipe, or None to take it from the config.
-        argv: ``--config FILE [key=value …] [--help]``; the process's own by default.
+        argv: ``--config FILE [key=value …] [--trust-config] [--help]``; the process's own by default.
 
     Returns:
         0; 2 after bad input; where a run that had begun ended early (stderr says why) 1, or 128 and the number of the
@@ -88,12 +88,15 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"tune run kd_recipes.{name or '<recipe>'}", add_help=False)
     parser.add_argument("--config")
+    parser.add_argument("--trust-config", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
     options, overrides = parser.parse_known_args(argv)
     if options.config is None and not options.help:
         parser.error("the following arguments are required: --config")
+    cfg = DictConfig({})
     try:
-        cfg = load(options.config, overrides) if options.config is not None else DictConfig({})
+        if options.config is not None:
+            cfg = load(options.config, overrides, trusts_all=options.trust_config)
         name = choose_recipe(name, cfg)
         recipe = recipe_module(name)
         _require_one_process(name)
@@ -102,16 +105,23 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
             return 0
         recipe.main(validate(cfg, recipe.KEYS))
     except ConfigError as error:
-        print(f"kd_recipes.{name or DEFAULT_RECIPE} cannot run:\n{error}", file=sys.stderr)
+        message = hide_environment(cfg, str(error))
+        print(f"kd_recipes.{name or DEFAULT_RECIPE} cannot run:\n{message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunError as error:
-        print(f"kd_recipes.{name} stopped:\n  - {error}", file=sys.stderr)
+        print(f"kd_recipes.{name} stopped:\n  - {hide_environment(cfg, str(error))}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
 def _help(name: str, recipe: Any) -> str:
-    lines = [f"tune run kd_recipes.{name} --config FILE [key=value …]", "", (recipe.__doc__ or "").strip(), "", "Keys:"]
+    lines = [
+        f"tune run kd_recipes.{name} --config FILE [key=value …] [--trust-config]",
+        "",
+        (recipe.__doc__ or "").strip(),
+        "",
+        "Keys:",
+    ]
     key: Key
     for key in recipe.KEYS:
         default = "required" if key.required else f"default {key.default}"

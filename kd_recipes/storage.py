@@ -184,6 +184,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a file name that some file or config gives stays in the directory that it is looked for in."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
 def write_manifest(directory: Path) -> None:
     """Record size and SHA-256 of every file in a directory, for :func:`damage`."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -104,7 +104,7 @@ def test_help_lists_every_key_with_its_default(
     assert run_recipe(name, ["--config", str(write_config(tmp_path)), "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(
-        "tune run kd_recipes.distill --config FILE [key=value …]\n\nTrain a student against a teacher."
+        "tune run kd_recipes.distill --config FILE [key=value …] [--trust-config]\n\nTrain a student against a teacher."
     )
     lines = {line.split()[0]: line for line in text.partition("Keys:\n")[2].splitlines()}
     assert set(lines) == {key.name for key in KEYS}

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,12 +219,11 @@ def save_config(cfg: DictConfig, path: Path, **overrides: Any) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
-def run_tune(*words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_tune(*words: str, cwd: Path, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the real ``tune`` command from another directory than the repository's."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [str(TUNE), *words], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **variables}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": timeout}
+    return subprocess.run([str(TUNE), *words], cwd=cwd, env=environment, **options)
 
 
 def prepare(config: Path, *overrides: str) -> DistillRecipe:
@@ -302,6 +302,29 @@ class FullDiskLogger(DiskLogger):
             import resource  # not on Windows
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (self._max_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def fail_once(batch: Any, how: str, rank: int, at: int, marker: str) -> torch.Tensor:
+    """Weights of tokens, all 1, at whose n-th call the process of a rank is killed or hangs, in one run of two.
+
+    Args:
+        batch: to be weighed.
+        how: ``kill`` or ``hang``.
+        rank: of the process.
+        at: the call.
+        marker: a file that remembers that it has happened.
+    """
+    calls = _CALLS[marker] = _CALLS.get(marker, 0) + 1
+    if calls == at and int(os.environ.get("RANK", 0)) == rank and not Path(marker).exists():
+        Path(marker).touch()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait half a minute to kill it
+        time.sleep(300)
+    return torch.ones(batch.labels_BS.shape)
+
+
+_CALLS: dict[str, int] = {}
 
 
 def logged(run: Path) -> dict[int, dict[str, float]]:

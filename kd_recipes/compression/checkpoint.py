@@ -23,6 +23,7 @@ from kd_recipes.models import model_section
 from kd_recipes.storage import (
     TensorSpec,
     atomic_directory,
+    is_inside,
     read_safetensors_header,
     require_free_space,
     write_json,
@@ -76,6 +77,8 @@ def read_checkpoint(directory: Path) -> HFCheckpoint:
         names = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
     else:
         names = [path.name for path in directory.glob("model.safetensors")]
+    if outside := [name for name in names if not is_inside(name)]:
+        raise ConfigError(Problem(f"{directory / _INDEX}", outside, "files in its own directory"))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing or not names:
         wanted = "a directory with all its safetensors files"

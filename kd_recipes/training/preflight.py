@@ -22,7 +22,7 @@ from kd_recipes import _torchtune
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
-from kd_recipes.storage import TensorSpec, read_safetensors_header, require_free_space
+from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
 from kd_recipes.training.checkpoint import RunDirectory
 from kd_recipes.training.parallel import world_size
 from kd_recipes.training.schedules import Schedule
@@ -257,7 +257,12 @@ def _file_problems(key: str, section: DictConfig) -> Iterator[Problem]:
     if not is_pattern and not (isinstance(files, ListConfig) and files):
         yield Problem(f"{key}.checkpoint_files", files, "a list of files, or filename_format and max_filename")
         return
-    damaged = [problem for path in checkpoint_files(section) for problem in _damage(f"{key}.checkpoint_files", path)]
+    found = checkpoint_files(section)
+    names = [str(path.relative_to(directory) if path.is_relative_to(directory) else path) for path in found]
+    if outside := [name for name in names if not is_inside(name)]:
+        yield Problem(f"{key}.checkpoint_files", outside, f"files in checkpoint_dir ({directory})")
+        return
+    damaged = [problem for path in found for problem in _damage(f"{key}.checkpoint_files", path)]
     yield from damaged
     if not damaged:
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +262,16 @@ def test_no_terms_change_nothing() -> None:
     assert not terms.needs_teacher
     assert not terms.student_taps
     assert not terms.teacher_taps
+
+
+def test_the_term_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Lengths" in part)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    term = names["Lengths"](weight=0.5)
+    term.connect(STUDENT, TEACHER)
+    batch, student, teacher = _batch(), _features(term, 0, 2), _features(term, 1, 3)
+    ratio = student[Tap(2)].norm(dim=-1) / teacher[Tap(5)].norm(dim=-1)
+    expected = (ratio.log() ** 2 * _weights(batch)).sum()
+    assert float(term(student, teacher, batch, _weights(batch))) == pytest.approx(float(expected), rel=1e-5)

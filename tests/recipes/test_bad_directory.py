@@ -76,7 +76,7 @@ def test_an_output_directory_without_permission(tmp_path: Path, rejected: Reject
 
 
 def test_a_logger_that_cannot_be_built_leaves_nothing(rejected: Rejected) -> None:
-    logger = {"_component_": "importlib.import_module", "name": "wandb_that_is_not_installed"}
+    logger = {"_component_": "importlib.import_module", "name": "wandb_that_is_not_installed"}  # as W&B's would fail
     message = rejected(metric_logger=logger, loads=True)
     assert "metric_logger: got 'importlib.import_module', wanted one that can be built. No module named" in message
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toy import Toys, logged, lora_section, run_tune, text_section
+from toy import TUNE, Toys, distill, logged, lora_section, run_tune, text_section
 
 WriteConfig = Callable[..., Path]
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
@@ -94,3 +98,58 @@ def test_held_out_text_is_counted_once(trained: Callable[..., dict[str, Tensor]]
         trained(num_processes, "max_steps=1", eval_dataset=section)
     perplexities = [logged(tmp_path / name / "run")[0]["held_out/perplexity"] for name in ("1", "2")]
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+# without it torchrun's own store goes down with the first worker that is killed, and a restart may not find it
+RELIABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+LAUNCHER = ["run", "--nproc_per_node", "2", "--max-restarts", "1", "kd_recipes.distill"]
+
+
+def _failing(how: str, tmp_path: Path) -> dict[str, Any]:
+    section = {"_component_": "toy.fail_once", "how": how, "rank": 1, "at": 5, "marker": str(tmp_path / how)}
+    return {"token_weights": section, "save_every_n_steps": 2, "max_steps": 6, "batch_size": 2}
+
+
+def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, **_failing("kill", tmp_path))
+    command = [*LAUNCHER, "--config", str(config), "resume_from_checkpoint=auto"]
+    done = run_tune(*command, cwd=tmp_path, **RELIABLE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kill").exists()
+    steps = logged(tmp_path / "run")
+    assert list(steps) == [1, 2, 3, 4, 5, 6]
+    done = run_tune(*command, f"output_dir={tmp_path / 'unbroken'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = [tmp_path / name / "final" / "model-00001-of-00001.safetensors" for name in ("run", "unbroken")]
+    _assert_close(load_file(files[0]), load_file(files[1]))
+
+
+def test_a_process_that_hangs_is_named(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(tmp_path, **_failing("hang", tmp_path), distributed_timeout=15)
+    command = ["run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", str(config)]
+    done = run_tune(*command, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "process 1 did not answer for 15 s (distributed_timeout)" in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_all_processes_save_and_end_when_they_are_asked_to(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=None, epochs=1000, save_every_n_steps=100_000)
+    command = [str(TUNE), "run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", str(config)]
+    log = tmp_path / "output"
+    with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, env=environment)
+        deadline = time.monotonic() + 120
+        while "loss=" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+    assert log.read_text().count("SIGTERM after step") == 2
+    (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(newest.name.removeprefix("step_"))
+    assert step == max(logged(tmp_path / "run"))
+    assert distill(config, "resume_from_checkpoint=True", f"max_steps={step + 1}").step == step + 1
