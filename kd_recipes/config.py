@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 _TRUST_KEY = "trusted_components"
+_SHORTEST_SECRET = 4  # characters; what is shorter would be found in every other word
 _SCHEDULE = "{start, end, shape: linear or cosine, num_steps: of the whole run by default}"
 
 
@@ -131,31 +134,36 @@ def load(name: str, overrides: Sequence[str] = (), *, trusts_all: bool = False) 
         raise ConfigError(Problem("overrides", list(overrides), "key=value or ~key", one_line(error))) from error
     packages = [EVERYTHING] if trusts_all else trusted_packages(added)
     if problems := [*trust_problems(tree, packages, _torchtune.locate)]:
-        raise ConfigError(*problems)
+        raise ConfigError(*(_hidden(cfg, problem) for problem in problems))
     return cfg
+
+
+def _hidden(cfg: DictConfig, problem: Problem) -> Problem:
+    got, remedy = (hide_environment(cfg, str(text)) for text in (problem.got, problem.remedy))
+    return replace(problem, got=got, remedy=remedy)
 
 
 def hide_environment(cfg: DictConfig, text: str) -> str:
     """A text for the screen or a log, without what a config takes from environment variables."""
-    for value, resolved in _leaves(cfg):
-        if "oc.env" in value and resolved:
-            text = text.replace(resolved, value)
+    for name in set(re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", OmegaConf.to_yaml(cfg, resolve=False))):
+        value = os.environ.get(name, "")
+        if len(value) >= _SHORTEST_SECRET:
+            for form in (value, repr(value)[1:-1]):
+                text = text.replace(form, f"${{oc.env:{name}}}")
     return text
 
 
-def _leaves(cfg: DictConfig) -> Iterator[tuple[str, str]]:
-    """Texts of a config, as they stand and with their interpolations resolved."""
-    if [*_interpolation_problems(cfg)]:
-        return
-    pairs = [(OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True))]
-    while pairs:
-        raw, resolved = pairs.pop()
-        if isinstance(raw, dict) and isinstance(resolved, dict):
-            pairs += [(raw[key], resolved[key]) for key in raw]
-        elif isinstance(raw, list) and isinstance(resolved, list):
-            pairs += zip(raw, resolved, strict=True)
-        elif isinstance(raw, str):
-            yield raw, str(resolved)
+def without_environment(cfg: DictConfig) -> DictConfig:
+    """A copy for a logger that resolves what it is given: what comes from environment variables stays a reference."""
+
+    def escape(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escape(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [escape(value) for value in node]
+        return node.replace("${oc.env", "\\${oc.env") if isinstance(node, str) else node
+
+    return DictConfig(escape(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def load_and_validate(

@@ -21,6 +21,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kd_recipes.batch import Batch
+from kd_recipes.config import without_environment
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
 from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, choose_objective
@@ -30,7 +31,7 @@ from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.checkpoint import RunDirectory, random_state, set_random_state
-from kd_recipes.training.data import Loader, accumulate, build_dataset, weigh
+from kd_recipes.training.data import Loader, accumulate, build_dataset, count_steps, weigh
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
@@ -56,9 +57,9 @@ class DistillRecipe(FTRecipeInterface):
         preflight(cfg)
         self._cfg = cfg
         self._run = RunDirectory(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
-        cfg.resume_from_checkpoint = self._run.goes_on(cfg.resume_from_checkpoint)
         self._device = local_device(cfg.device)
         self._parallel = Parallel.start(self._device, shard_size=cfg.shard_size, timeout=cfg.distributed_timeout)
+        cfg.resume_from_checkpoint = self._parallel.each(self._run.goes_on(cfg.resume_from_checkpoint))[0]
         if cfg.dtype == "auto" and cfg.resume_from_checkpoint:  # what was measured once holds for the whole run
             cfg.dtype = self._run.recorded_dtype or "auto"
         self._dtype = self._parallel.each(resolve_dtype(cfg.dtype, self._device))[0]  # as measured by the main process
@@ -91,8 +92,8 @@ class DistillRecipe(FTRecipeInterface):
         )
         self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
         self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
+        self._steps_per_epoch = count_steps(len(self._loader), cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
         next(weigh(self._loader.batches(), self._token_weights))  # or an error in it
-        self._steps_per_epoch = self._count_steps(len(self._loader))
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
         self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
         self.student = self._setup_student()
@@ -111,7 +112,7 @@ class DistillRecipe(FTRecipeInterface):
         if self._parallel.is_main:
             self._logger = build("metric_logger", cfg.metric_logger)
             self._run.open(cfg)
-            self._logger.log_config(cfg)
+            self._logger.log_config(without_environment(cfg))
 
     @property
     def _samples_per_step(self) -> int:
@@ -121,14 +122,6 @@ class DistillRecipe(FTRecipeInterface):
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return min(int(self._cfg.epochs) * self._steps_per_epoch, int(self._cfg.max_steps or sys.maxsize))
-
-    def _count_steps(self, num_micro_batches: int) -> int:
-        steps = num_micro_batches // int(self._cfg.gradient_accumulation_steps)
-        if steps == 0:
-            got = f"{num_micro_batches} micro-batches"
-            wanted = f"at least {self._cfg.gradient_accumulation_steps}, the gradient_accumulation_steps"
-            raise ConfigError(Problem("dataset", got, wanted, "Lower batch_size or gradient_accumulation_steps"))
-        return min(steps, int(self._cfg.max_steps_per_epoch or steps))
 
     def _build_optimizer(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = build("optimizer", self._cfg.optimizer, groups)
@@ -184,12 +177,13 @@ class DistillRecipe(FTRecipeInterface):
         if not asks_teacher(cfg):
             return None
         device = local_device(cfg.teacher_device or cfg.device)
-        dtype = resolve_dtype(cfg.teacher_dtype, device) if cfg.teacher_dtype else self._dtype
+        dtype = self._parallel.each(resolve_dtype(cfg.teacher_dtype or cfg.dtype, device))[0]
         is_split = self._parallel.world_size > 1 and cfg.shard_teacher
         loaded = self._load("teacher_model", dtype, device, is_split)
         teacher = OnlineTeacher(loaded.model, device, self._features.teacher_taps, compile_blocks=cfg.compile)
         if is_split:
-            self._parallel.shard(teacher.model, self._sharding(dtype))
+            # without a backward pass, blocks that are not given back after the forward pass never are
+            self._parallel.shard(teacher.model, replace(self._sharding(dtype), reshard_after_forward=True))
         return teacher
 
     def train(self) -> None:
@@ -227,7 +221,6 @@ class DistillRecipe(FTRecipeInterface):
             now = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
             objective = replace(self._objective, kd_ratio=now["kd_ratio"], temperature=now["temperature"])
             for batch in micros:
-                self._parallel.note(self.step * len(micros) + len(micros))
                 loss = self._loss(objective, batch, max(num_tokens, 1))
                 loss.total.backward()
                 meter.add(loss)
@@ -327,39 +320,42 @@ class DistillRecipe(FTRecipeInterface):
             "step": self.step,
             "seed": self._seed,
             "best": self._best,
+            "samples_per_step": self._samples_per_step,
             "num_samples": self.step % self._steps_per_epoch * self._samples_per_step,
             "random": self._parallel.each(random_state()),
             "is_evaluated": self._is_evaluated,
+            "num_skipped": self._num_skipped,
         }
-        if self._parallel.is_main:
-            self._run.save(self.step, weights, state)
-        self._parallel.barrier()
+        self._parallel.on_main(lambda: self._run.save(self.step, weights, state))
         self._saved_at = self.step
 
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
         weights, state = self._run.load(name)
+        if state["samples_per_step"] != self._samples_per_step:
+            wanted = f"{state['samples_per_step']} samples a step, as the checkpoint has"
+            remedy = "It is processes * batch_size * gradient_accumulation_steps"
+            raise ConfigError(Problem("resume_from_checkpoint", self._samples_per_step, wanted, remedy))
         try:
             self._updates.load_state_dict(weights, state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what torch's parts raise, each its own
             wanted = "a checkpoint of the same model, optimizer and data"
             raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error
         self.step, self._seed, self._best = state["step"], state["seed"], state["best"]
-        self._is_evaluated, self._saved_at = state["is_evaluated"], self.step
+        self._is_evaluated, self._saved_at, self._num_skipped = state["is_evaluated"], self.step, state["num_skipped"]
         self._loader.seek(state["num_samples"], self._seed)  # which may have been drawn
         if len(state["random"]) == self._parallel.world_size:  # else each process goes on from its own seed
             set_random_state(state["random"][self._parallel.rank])
 
     def _export(self, name: str) -> None:
         weights = self._parallel.gather(self.student.model.state_dict())
-        if self._parallel.is_main:
-            with atomic_directory(self._run.path / name) as directory:
-                self.student.export(weights, directory, adapter_only=self._cfg.save_adapter_weights_only)
-                metrics: dict[str, float] = {"step": self.step}
-                if self.step in self._history:
-                    metrics |= self._history[self.step].metrics()
-                write_json(directory / "held_out.json", metrics)
-        self._parallel.barrier()
+        self._parallel.on_main(lambda: self._write(name, weights))
+
+    def _write(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        with atomic_directory(self._run.path / name) as directory:
+            self.student.export(weights, directory, adapter_only=self._cfg.save_adapter_weights_only)
+            held_out = self._history[self.step].metrics() if self.step in self._history else {}
+            write_json(directory / "held_out.json", {"step": self.step, **held_out})
 
     def _finish(self) -> None:
         self._export("final")

@@ -15,9 +15,13 @@ from kd_recipes.errors import Problem
 # Not all of torch: torch.hub.load and others like it fetch code, and run it.
 TRUSTED = (
     *("kd_recipes.compression", "kd_recipes.losses", "kd_recipes.models", "kd_recipes.tokenizers"),
-    *("torch.nn", "torch.optim"),
-    *("torchao.float8", "torchao.optim", "torchao.prototype", "torchao.quantization", "torchao.sparsity"),
+    *("torch.nn", "torch.optim", "torchao.float8", "torchao.optim", "torchao.quantization", "torchao.sparsity"),
     *("torchtune.data", "torchtune.datasets", "torchtune.models", "torchtune.modules", "torchtune.training"),
+)
+# What torchtune.training exports is made in these; others of its modules load pickles if they are told to.
+_TRAINING = tuple(
+    f"torchtune.training.{name}"
+    for name in ("_profiler", "checkpointing._checkpointer", "lr_schedulers", "metric_logging", "quantization")
 )
 VARIABLE = "KD_RECIPES_TRUSTED_COMPONENTS"
 EVERYTHING = "*"
@@ -61,7 +65,8 @@ def trust_problems(
             module = getattr(found, "__module__", None) or ""
         except ValueError:  # validation says so, with the section
             continue
-        if not _is_within(module, packages):
+        made_in = [*packages, *_TRAINING] if "torchtune.training" in packages else packages
+        if not _is_within(module, [package for package in made_in if package != "torchtune.training"]):
             yield Problem(path, f"{name}, which is of {module or 'no module'}", wanted, remedy)
 
 

@@ -187,14 +187,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapp
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that a run draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of every generator that a run draws from, on this process's devices."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Take :func:`random_state` back."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])

@@ -85,7 +85,7 @@ class Loader:
         world_size: int = 1,
     ) -> None:
         self._sampler: StatefulDistributedSampler = StatefulDistributedSampler(
-            dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed
+            dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle
         )
         self._loader = StatefulDataLoader(
             dataset,
@@ -97,6 +97,7 @@ class Loader:
             generator=torch.Generator(),
         )
         self._device, self._max_seq_len = device, max_seq_len
+        self._start = 0  # of the next pass, in samples of this process
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -109,7 +110,8 @@ class Loader:
             ConfigError: a sequence that the models' positions do not reach.
         """
         self._sampler.set_epoch(epoch)
-        position, num_replicas = self._sampler.rank, self._sampler.num_replicas
+        num_replicas = self._sampler.num_replicas
+        position, self._start = self._sampler.rank + num_replicas * self._start, 0
         for collated in self._loader:
             num_rows, length = collated["tokens"].shape
             if length > self._max_seq_len:
@@ -125,13 +127,28 @@ class Loader:
     def seek(self, num_samples: int, seed: int) -> None:
         """Begin the next pass behind so many samples, counted over all processes, of the order of a seed."""
         self._sampler.seed = seed
-        self._sampler.load_state_dict({self._sampler._YIELDED: num_samples // self._sampler.num_replicas})
+        self._start = num_samples // self._sampler.num_replicas
+        self._sampler.load_state_dict({self._sampler._YIELDED: self._start})
 
     def rows(self, epoch: int, start: int, stop: int) -> list[int]:
         """The rows of the data set that this process has in an epoch between two positions, counted in samples."""
         self._sampler.set_epoch(epoch)
         order = DistributedSampler.__iter__(self._sampler)  # and not the stateful one's, which would lose its place
         return list(islice(order, start, stop))
+
+
+def count_steps(num_micro_batches: int, num_accumulated: int, limit: int | None) -> int:
+    """Steps of an epoch.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps = num_micro_batches // num_accumulated
+    if steps == 0:
+        wanted = f"at least {num_accumulated}, the gradient_accumulation_steps"
+        remedy = "Lower batch_size or gradient_accumulation_steps"
+        raise ConfigError(Problem("dataset", f"{num_micro_batches} micro-batches", wanted, remedy))
+    return min(steps, limit or steps)
 
 
 def weigh(batches: Iterable[Batch], token_weights: Callable[[Batch], Any] | None) -> Iterator[Batch]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +21,7 @@ from kd_recipes.errors import RunError
 from kd_recipes.training.parallel import Parallel
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SECONDS_TO_REPEAT = 3.0
 
 
 class RunInterrupted(RunError):
@@ -29,15 +33,16 @@ class RunInterrupted(RunError):
     """
 
     def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"{name} after step {step}, which is saved; resume_from_checkpoint=True goes on from there")
+        where = f"after step {step}, which is saved; resume_from_checkpoint=True goes on from there"
+        super().__init__(f"{signal.Signals(number).name} {where if step else 'before the first step'}")
         self.exit_status = 128 + number  # as a shell says it
 
 
 class Interruption:
-    """While it is entered, the first SIGTERM or SIGINT is remembered instead of ending the process; a second one does.
+    """While it is entered, a SIGTERM or SIGINT is remembered instead of ending the process.
 
-    A step takes as long as it takes: who asks between two batches loses nothing.
+    A step takes as long as it takes: who asks between two batches loses nothing. A second signal some seconds later
+    ends the process at once; one that comes sooner is the same again, sent by both a scheduler and torchrun.
 
     Args:
         parallel: the processes, of which any may get the signal.
@@ -45,7 +50,7 @@ class Interruption:
 
     def __init__(self, parallel: Parallel) -> None:
         self._parallel = parallel
-        self._number = 0
+        self._number, self._since = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -56,8 +61,11 @@ class Interruption:
         self._restore()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self._number = number
-        self._restore()
+        if self._number and time.monotonic() - self._since > _SECONDS_TO_REPEAT:
+            self._restore()
+            os.kill(os.getpid(), number)
+        elif not self._number:
+            self._number, self._since = number, time.monotonic()
 
     def check(self, step: int) -> None:
         """End on every process where one of them has got a signal.
@@ -79,6 +87,9 @@ class Interruption:
             signal.signal(number, handler)
 
 
+_LOST = ("gloo", "NCCL", "Timed out", "Connection", "Broken pipe")
+
+
 @contextmanager
 def name_late_processes(parallel: Parallel, timeout: float) -> Iterator[None]:
     """Say which process did not answer, where an operation of all of them fails for want of one.
@@ -89,7 +100,8 @@ def name_late_processes(parallel: Parallel, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RunError) or not (late := parallel.late()):
+        is_lost = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
+        if not is_lost or not (late := parallel.late()):
             raise
         raise RunError(
             f"process {', '.join(map(str, late))} did not answer for {timeout:.0f} s (distributed_timeout): it hangs, "
@@ -130,8 +142,8 @@ def explain_memory(cfg: DictConfig, sizes: Mapping[str, int] | None = None) -> I
 
 def _savings(cfg: DictConfig) -> Iterator[str]:
     """What needs less, the cheapest first."""
-    if cfg.batch_size > 1:
-        half, twice = cfg.batch_size // 2, cfg.gradient_accumulation_steps * -(-cfg.batch_size // (cfg.batch_size // 2))
+    if cfg.batch_size % 2 == 0:
+        half, twice = cfg.batch_size // 2, cfg.gradient_accumulation_steps * 2
         yield f"batch_size={half} gradient_accumulation_steps={twice} is the same update with smaller activations."
     if not cfg.enable_activation_checkpointing:
         yield "enable_activation_checkpointing=True keeps one block's activations at a time."

@@ -8,7 +8,7 @@ forward pass of a micro-batch to its backward pass, because the loss multiplies 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
+from kd_recipes.errors import RunError
 
 Summable = TypeVar("Summable", int, Tensor)
 T = TypeVar("T")
@@ -100,7 +102,7 @@ class Parallel:
         """Whether this process reads and writes files, logs and draws progress."""
         return self.rank == 0
 
-    def shard(self, model: nn.Module, how: Sharding) -> None:
+    def shard(self, model: TransformerDecoder, how: Sharding) -> None:
         """Split a model in place, and move it to the device.
 
         The main process's weights count; elsewhere the model may be on the meta device.
@@ -146,6 +148,7 @@ class Parallel:
         if self.world_size == 1:
             return value
         total = torch.as_tensor(value).clone()
+        self._arrive()
         dist.all_reduce(total)
         return total if isinstance(value, Tensor) else type(value)(total.item())
 
@@ -165,29 +168,42 @@ class Parallel:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
+        self._arrive()
         dist.all_gather_object(values, value)
         return values
 
-    def note(self, progress: int) -> None:
-        """Leave word of how far this process is, for :meth:`late`."""
-        if self.world_size > 1:
-            _store().set(f"kd_recipes/progress/{self.rank}", str(progress))
+    def _arrive(self) -> None:
+        """Leave word that this process has come to its next meeting with the others, for :meth:`late`."""
+        _store().add(f"kd_recipes/meetings/{self.rank}", 1)
 
     def late(self) -> list[int]:
-        """The processes that are behind this one by what they last left word of: one of them is waited for."""
+        """The processes that have not come to the meeting that this one has come to last."""
         if self.world_size == 1:
             return []
         try:
-            keys = [f"kd_recipes/progress/{rank}" for rank in range(self.world_size)]
-            progress = [int(_store().get(key)) if _store().check([key]) else -1 for key in keys]
+            meetings = [_store().add(f"kd_recipes/meetings/{rank}", 0) for rank in range(self.world_size)]
         except RuntimeError:  # the store has gone with the process that kept it
             return []
-        return [rank for rank, at in enumerate(progress) if at < progress[self.rank]]
+        return [rank for rank, count in enumerate(meetings) if count < meetings[self.rank]]
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Let the main process do something while the others wait for it.
+
+        Raises:
+            Exception: the main process's own.
+            RunError: elsewhere, that the main process has failed.
+        """
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as error:
+                failure = error
+        text = self.each(None if failure is None else str(failure))[0]
+        if failure is not None:
+            raise failure
+        if text is not None:
+            raise RunError(f"process 0 failed: {text}")
 
     def stop(self) -> None:
         """Part from the other processes."""

@@ -182,6 +182,9 @@ def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem("--nproc_per_node", got, "a GPU for each process", "device=cpu runs without")
     elif cfg.device not in ("cuda", "cpu"):
         yield Problem("device", cfg.device, "cuda or cpu, of which each process takes its own")
+    if cfg.shard_teacher and cfg.teacher_device not in (None, cfg.device):
+        remedy = "shard_teacher=False keeps a whole teacher there for each process"
+        yield Problem("teacher_device", cfg.teacher_device, f"{cfg.device}, as the student: they share it", remedy)
     if cfg.fsdp_cpu_offload and cfg.device == "cpu":
         yield Problem("fsdp_cpu_offload", True, "False on cpu: weights are in its memory as it is")
     if cfg.model.get("quantize_base"):
@@ -216,6 +219,9 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
     if directory.exists() and not directory.is_dir():
         yield Problem("output_dir", str(directory), "a directory", "There is a file of that name")
         return
+    if cfg.resume_from_checkpoint == "auto" and cfg.checkpointer.get("recipe_checkpoint") is not None:
+        wanted = "True with a checkpointer.recipe_checkpoint: auto takes the newest"
+        yield Problem("resume_from_checkpoint", "auto", wanted)
     if run.goes_on(cfg.resume_from_checkpoint):
         yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
     elif run.is_occupied and not run.may_begin_anew(cfg.resume_from_checkpoint):

@@ -120,7 +120,8 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for alike in _split_and_whole(parameters):
         norm = torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    together = torch.stack([norm.to(norms[0].device) for norm in norms])
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(together)
 
 
 def _split_and_whole(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 import torch
 from bad_input import Rejected, use
+from omegaconf import OmegaConf
 
 from kd_recipes.compression.checkpoint import read_checkpoint
-from kd_recipes.config import find_config, load_and_validate, shipped_configs
+from kd_recipes.config import (
+    find_config,
+    hide_environment,
+    load_and_validate,
+    shipped_configs,
+    without_environment,
+)
 from kd_recipes.errors import ConfigError
 from kd_recipes.storage import read_safetensors_header, write_manifest
 from kd_recipes.trust import VARIABLE
@@ -30,6 +37,7 @@ COMPONENTS = [
     *("torch.nn.functional.importlib.import_module", "torch.optim.optimizer.functools.partial"),
     *("torchtune.training.metric_logging.os.system", "torchtune.config.instantiate", "torchtune.utils.torch.load"),
     *("torchao.quantization.quant_api.logging.os.system", "kd_recipes.storage.shutil.rmtree"),
+    *("torchtune.training.checkpointing._utils.safe_torch_load", "torchao.prototype.spinquant.apply_spinquant"),
     *("kd_recipes.losses.build.inspect.getsource", "kd_recipes.quickstart.main", "", "."),
 ]
 
@@ -48,6 +56,15 @@ def test_a_component_that_runs_something_else(component: str, tmp_path: Path, re
     assert "wanted a component of kd_recipes.compression" in message
     assert not marker.exists()
     assert "antigravity" not in sys.modules  # not even imported
+
+
+def test_a_loader_of_pickles_among_the_trusted(tmp_path: Path, rejected: Rejected) -> None:
+    torch.save({"x": Exploit(tmp_path / "executed")}, tmp_path / "evil.bin")
+    loader = "torchtune.training.checkpointing._utils.safe_torch_load"
+    settings = {"checkpoint_path": str(tmp_path / "evil.bin"), "weights_only": False, "mmap": False}
+    message = rejected(metric_logger={"_component_": loader, **settings})
+    assert "which is of torchtune.training.checkpointing._utils" in message
+    assert not (tmp_path / "executed").exists()
 
 
 def test_components_in_lists_are_looked_at(rejected: Rejected) -> None:
@@ -156,4 +173,15 @@ def test_an_environment_value_reaches_no_file_and_no_message(
     (tmp_path / "other").mkdir()
     message = rejected("batch_size=${oc.env:MY_TOKEN}", f"output_dir={tmp_path / 'other'}")
     assert "batch_size: got '${oc.env:MY_TOKEN}', wanted" in message
+    message += rejected("optimizer._component_=${oc.env:MY_TOKEN}", f"output_dir={tmp_path / 'other'}")
+    assert "add trusted_components=[${oc.env:MY_TOKEN}]" in message
     assert "secret" not in message
+
+
+def test_a_logger_that_resolves_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hf_very_secret_value")
+    cfg = OmegaConf.create({"a": {"b": ["https://${oc.env:MY_TOKEN}@host", "${c}"]}, "c": 3})
+    logged = OmegaConf.to_container(without_environment(cfg), resolve=True)
+    assert logged == {"a": {"b": ["https://${oc.env:MY_TOKEN}@host", 3]}, "c": 3}
+    said = hide_environment(cfg, r"got 'https://hf_very_secret_value@host' and 3")
+    assert said == "got 'https://${oc.env:MY_TOKEN}@host' and 3"

@@ -43,12 +43,12 @@ def test_tune_runs_it_by_each_name_with_overrides_from_another_directory(
     assert not list(elsewhere.iterdir())
 
 
-def test_two_processes_are_told_that_sharding_comes_later(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
-    result = run_tune("run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", config, cwd=tmp_path)
+def test_another_recipe_is_refused_in_two_processes(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, recipe="evaluate"))
+    result = run_tune("run", "--nproc_per_node", "2", "kd_recipes.evaluate", "--config", config, cwd=tmp_path)
     assert result.returncode != 0
-    assert "kd_recipes.distill cannot run:" in result.stderr
-    assert "sharding over several processes comes with a later release" in result.stderr
+    assert "kd_recipes.evaluate cannot run:" in result.stderr
+    assert "--nproc_per_node: got 2, wanted 1: `evaluate` runs in a single process" in result.stderr
     assert "kd_recipes/" not in result.stderr  # no frame of ours in a traceback; torchrun's own summary is torchrun's
     assert not (tmp_path / "run").exists()
 

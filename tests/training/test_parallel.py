@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toy import TUNE, Toys, distill, logged, lora_section, run_tune, text_section
+from kd_recipes.training.data import Loader
+from toy import TUNE, Toys, distill, logged, lora_section, run_tune, save_config, text_section
 
 WriteConfig = Callable[..., Path]
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
@@ -53,7 +56,7 @@ def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert (got[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "replicated", "features"])
+@pytest.mark.parametrize("kind", ["full", "four", "lora", "replicated", "features"])
 def test_the_update_does_not_depend_on_the_number_of_processes(
     kind: str, trained: Callable[..., dict[str, Tensor]], toys: Toys, tmp_path: Path
 ) -> None:
@@ -64,13 +67,18 @@ def test_the_update_does_not_depend_on_the_number_of_processes(
         settings |= {"shard_size": 1, "shard_teacher": False}
     if kind == "features":
         settings["feature_losses"] = HIDDEN
-    one, two = trained(1, **{**settings, "shard_size": None}), trained(2, **settings)
+    if kind == "four":
+        settings["shard_size"] = 2  # two rows of two: hybrid sharding
+    many = 4 if kind == "four" else 2
+    one, two = trained(1, **{**settings, "shard_size": None}), trained(many, **settings)
     _assert_close(two, one)
-    logs = [logged(tmp_path / name / "run") for name in ("1", "2")]
+    logs = [logged(tmp_path / name / "run") for name in ("1", str(many))]
     for step in (1, 2, 3):
         for metric in ("loss/total", "quality/accuracy", "quality/forward_kl", "optimizer/grad_norm"):
             assert logs[1][step][metric] == pytest.approx(logs[0][step][metric], rel=1e-4), (step, metric)
-    exports = [load_file(tmp_path / name / "run" / "final" / "model-00001-of-00001.safetensors") for name in ("1", "2")]
+    exports = [
+        load_file(tmp_path / name / "run" / "final" / "model-00001-of-00001.safetensors") for name in ("1", str(many))
+    ]
     _assert_close(exports[1], exports[0])
 
 
@@ -89,6 +97,41 @@ def test_a_run_goes_on_with_another_number_of_processes(
     _assert_close(resumed, whole, 1e-4)  # Adam divides rounding errors by gradients that are as small
 
 
+def _loader(num_samples: int, batch_size: int, rank: int, world_size: int, *, shuffle: bool) -> Loader:
+    dataset = [{"tokens": [i, i, i], "labels": [i, i, i]} for i in range(num_samples)]
+    settings: dict[str, Any] = {"packed": False, "shuffle": shuffle, "seed": 3, "padding_idx": 0, "max_seq_len": 9}
+    placed = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
+    return Loader(dataset, batch_size=batch_size, **settings, **placed)
+
+
+@pytest.mark.parametrize("num_samples", [24, 25, 26, 27])
+def test_every_turn_has_the_same_samples(num_samples: int) -> None:
+    turns = {}
+    for world_size in (1, 2, 4):
+        loaders = [_loader(num_samples, 4 // world_size, rank, world_size, shuffle=True) for rank in range(world_size)]
+        passes = [[set(batch.tokens_BS[:, 0].tolist()) for batch in loader.batches(1)] for loader in loaders]
+        turns[world_size] = [set.union(*turn) for turn in zip(*passes, strict=True)]
+        assert {len(loader) for loader in loaders} == {6}
+        assert set(loaders[0].rows(1, 0, 4)) >= passes[0][0]
+    assert turns[1] == turns[2] == turns[4]
+
+
+def test_a_repeated_sample_is_masked_after_a_seek_too() -> None:
+    loader = _loader(5, 1, 1, 2, shuffle=False)
+    whole = [batch.num_valid_tokens for batch in loader.batches()]
+    assert whole == [2, 2, 0]
+    loader.seek(2, 3)
+    assert [batch.num_valid_tokens for batch in loader.batches()] == whole[1:]
+    assert [batch.num_valid_tokens for batch in loader.batches()] == whole
+
+
+def test_another_number_of_samples_a_step_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=1)
+    distill(config)
+    with pytest.raises(ValueError, match="got 4, wanted 2 samples a step, as the checkpoint has"):
+        distill(config, "resume_from_checkpoint=True", "batch_size=4")
+
+
 def test_held_out_text_is_counted_once(trained: Callable[..., dict[str, Tensor]], toys: Toys, tmp_path: Path) -> None:
     """Five texts for two processes: one of them gets a text twice."""
     rows = (toys.data / "held_out.jsonl").read_text().splitlines()[:5]
@@ -98,6 +141,59 @@ def test_held_out_text_is_counted_once(trained: Callable[..., dict[str, Tensor]]
         trained(num_processes, "max_steps=1", eval_dataset=section)
     perplexities = [logged(tmp_path / name / "run")[0]["held_out/perplexity"] for name in ("1", "2")]
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- two hosts
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """How to run a command on each of two hosts with a network between them: namespaces of this one."""
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+    names = [f"kd{os.getpid() % 10_000}{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield [["ip", "netns", "exec", name] for name in names]
+    except OSError as error:
+        pytest.skip(f"no network namespaces can be made here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_do_what_one_does(
+    hosts: list[list[str]], trained: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    one = trained(1, name="one")
+    config = save_config(OmegaConf.load(tmp_path / "one" / "config.yaml"), tmp_path / "two.yaml", batch_size=2)
+    command = [str(TUNE), "run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "1", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "10.77.0.1:29511"]
+    recipe = ["kd_recipes.distill", "--config", str(config), f"output_dir={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    processes = [
+        subprocess.Popen(
+            # torchrun finds out which host it is from the host's name, which both have
+            [*host, *command, "--local_addr", f"10.77.0.{number}", "--rdzv_conf", f"is_host={number == 1}", *recipe],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number, host in enumerate(hosts, start=1)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    newest = max((tmp_path / "two" / "checkpoints").glob("step_*"))
+    _assert_close(load_file(newest / "weights.safetensors"), one)
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
@@ -128,11 +224,11 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
 
 
 def test_a_process_that_hangs_is_named(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_config(tmp_path, **_failing("hang", tmp_path), distributed_timeout=15)
+    config = write_config(tmp_path, **_failing("hang", tmp_path), distributed_timeout=20)
     command = ["run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", str(config)]
     done = run_tune(*command, cwd=tmp_path)
     assert done.returncode != 0
-    assert "process 1 did not answer for 15 s (distributed_timeout)" in done.stderr
+    assert "process 1 did not answer for 20 s (distributed_timeout)" in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
@@ -152,4 +248,4 @@ def test_all_processes_save_and_end_when_they_are_asked_to(write_config: WriteCo
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(newest.name.removeprefix("step_"))
     assert step == max(logged(tmp_path / "run"))
-    assert distill(config, "resume_from_checkpoint=True", f"max_steps={step + 1}").step == step + 1
+    assert distill(config, "resume_from_checkpoint=True", "batch_size=4", f"max_steps={step + 1}").step == step + 1
