@@ -33,7 +33,6 @@ from torchtune.modules.peft import (
 )
 from torchtune.utils import get_logger
 
-from kd_recipes._torchtune.heads import Head as Head
 from kd_recipes._torchtune.heads import Headless as Headless
 from kd_recipes._torchtune.heads import take_head as take_head
 from kd_recipes._torchtune.heads import without_head as without_head

@@ -110,15 +110,13 @@ class RunDirectory:
                 remedy = f"The run stopped before it saved one: delete {self.path}, and start anew without resuming"
             raise ConfigError(Problem("resume_from_checkpoint", True, f"a checkpoint in {self.path}", remedy))
         candidates = found[::-1] if name is None else [self.path / name]
-        damages = {directory: damage(directory) for directory in candidates[:1]}
-        while all(damages.values()) and len(damages) < len(candidates):
-            directory = candidates[len(damages)]
-            damages[directory] = damage(directory)
-        for directory, why in damages.items():
+        damages: list[str] = []
+        for directory in candidates:
+            why = damage(directory)
             if why is None:
                 return directory
-        newest = candidates[0]
-        raise self._damaged(newest, str(damages[newest]))
+            damages.append(why)
+        raise self._damaged(candidates[0], damages[0])
 
     def load(self, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read the checkpoint that :meth:`find` finds.
