@@ -16,8 +16,8 @@ help:  ## list the targets
 venv: $(STAMP)  ## create .venv with everything that the other targets need
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "'$(PYTHON)' is not Python 3.10 or newer. Name one that is: make venv PYTHON=python3.11" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "'$(PYTHON)' is not Python 3.11 or newer. Name one that is: make venv PYTHON=python3.11" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip

@@ -1,7 +1,7 @@
 """The ``kd-recipes`` command: what is there to run, a config to start from, and whether a config is right.
 
 Running is torchtune's part: ``tune run kd_recipes.distill --config FILE``. Nothing here imports torch, except that
-``validate`` has to look at the components that a config names.
+``validate`` has to look at the components that a config names, and ``consolidate`` at a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from kd_recipes import __version__
 from kd_recipes.config import load_and_validate, shipped_configs
 from kd_recipes.entry import RECIPES
-from kd_recipes.errors import ConfigError
+from kd_recipes.errors import ConfigError, RunError
 
 EXIT_FAILED = 1
 # torchtune 0.6.1, its last release, imports names that torchao 0.16 moved.
@@ -30,6 +30,7 @@ examples:
   kd-recipes cp qwen_1b my_config.yaml             a config to start from
   kd-recipes validate my_config.yaml temperature=2 everything that is wrong with it, before anything is loaded
   tune run kd_recipes.distill --config my_config.yaml
+  kd-recipes consolidate runs/mine                 the student of a run's newest checkpoint
   python -m kd_recipes.quickstart                  the whole way on a CPU, with a real model
 """
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if options.command == "cp":
             return _copy(options.name, options.destination, force=options.force)
+        if options.command == "consolidate":
+            return _consolidate(options.run, options.checkpoint, options.output, trusts_all=options.trust_config)
         return _validate(options.file, options.overrides, options.recipe, trusts_all=options.trust_config)
     except ImportError as error:
         installed = version("torchao")
@@ -76,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME", help="as `kd-recipes ls` lists it")
     copy.add_argument("destination", metavar="DEST", type=Path, help="a file, or a directory to copy into")
     copy.add_argument("--force", action="store_true", help="overwrite DEST")
+
+    consolidate = commands.add_parser("consolidate", help="write the student of a run's checkpoint, to be loaded")
+    consolidate.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a distillation")
+    consolidate.add_argument("--checkpoint", metavar="NAME", help="such as step_00000120; default: the newest")
+    consolidate.add_argument("--output", metavar="DIR", type=Path, help="default: RUN/students/NAME")
+    consolidate.add_argument("--trust-config", action="store_true", help="let the run's config name any code")
 
     validate = commands.add_parser("validate", help="check a config, and list all that is wrong with it")
     validate.add_argument("file", metavar="FILE", help="a YAML file, or the name of a shipped config")
@@ -128,6 +137,16 @@ def _validate(file: str, overrides: Sequence[str], recipe: str | None, *, trusts
         count = len(error.problems)
         return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")
     print(f"{file} is valid")
+    return 0
+
+
+def _consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trusts_all: bool) -> int:
+    from kd_recipes.consolidate import consolidate
+
+    try:
+        print(f"The student: {consolidate(run, checkpoint, output, trusts_all=trusts_all)}")
+    except RunError as error:
+        return _fail(str(error))
     return 0
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from kd_recipes.parts import CHECKPOINTERS, Loaded, build, build_callable, build
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
-from kd_recipes.training.checkpoint import RunDirectory, random_state, set_random_state
+from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
 from kd_recipes.training.data import Loader, accumulate, build_dataset, count_steps, weigh
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
@@ -69,6 +70,8 @@ class DistillRecipe(FTRecipeInterface):
         self._history: dict[int, HeldOut] = {}
         self._is_evaluated, self._saved_at, self._num_skipped = False, 0, 0
         self._interruption = Interruption(self._parallel)
+        self._saving = self._parallel.aside("saving", cfg.distributed_timeout)
+        self._background = Background(enabled=cfg.enable_async_checkpointing)
 
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
@@ -200,6 +203,8 @@ class DistillRecipe(FTRecipeInterface):
                 if self._saved_at < self.step:
                     self.save_checkpoint()
                 raise
+            finally:
+                self._background.wait()
         self._finish()
 
     def _train(self) -> None:
@@ -315,7 +320,7 @@ class DistillRecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
-        weights, state = self._updates.state_dict()
+        tensors, state = self._updates.state_dict()
         state |= {
             "step": self.step,
             "seed": self._seed,
@@ -326,18 +331,18 @@ class DistillRecipe(FTRecipeInterface):
             "is_evaluated": self._is_evaluated,
             "num_skipped": self._num_skipped,
         }
-        self._parallel.on_main(lambda: self._run.save(self.step, weights, state))
+        self._background.save(partial(self._run.save, parallel=self._saving), self.step, tensors, state)
         self._saved_at = self.step
 
     def load_checkpoint(self, name: str | None = None) -> None:
         """Go back to the newest checkpoint in the output directory, or to the one named."""
-        weights, state = self._run.load(name)
+        directory, state = self._parallel.on_main(lambda: self._run.load(name))
         if state["samples_per_step"] != self._samples_per_step:
             wanted = f"{state['samples_per_step']} samples a step, as the checkpoint has"
             remedy = "It is processes * batch_size * gradient_accumulation_steps"
             raise ConfigError(Problem("resume_from_checkpoint", self._samples_per_step, wanted, remedy))
         try:
-            self._updates.load_state_dict(weights, state)
+            self._updates.load_state_dict(directory, state, self._saving)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what torch's parts raise, each its own
             wanted = "a checkpoint of the same model, optimizer and data"
             raise ConfigError(Problem("resume_from_checkpoint", True, wanted, one_line(error))) from error

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,25 @@ def is_inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def write_manifest(directory: Path) -> None:
-    """Record size and SHA-256 of every file in a directory, for :func:`damage`."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    entries = {
+def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files below a directory, by their names there."""
+    return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
     }
-    write_json(directory / _MANIFEST, {"files": entries})
+
+
+def write_manifest(directory: Path, described: Mapping[str, Any] | None = None) -> None:
+    """Record size and SHA-256 of every file in a directory, for :func:`damage`.
+
+    Args:
+        directory: what is in it is whole.
+        described: what :func:`describe_files` has said of some of its files already.
+    """
+    entries = dict(described or {})
+    files = (path for path in directory.rglob("*") if path.is_file())
+    entries |= describe_files(directory, (f for f in files if f.relative_to(directory).as_posix() not in entries))
+    write_json(directory / _MANIFEST, {"files": dict(sorted(entries.items()))})
 
 
 def damage(directory: Path) -> str | None:
@@ -219,6 +231,12 @@ def damage(directory: Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)  # a checkpoint that is looked at before a run begins is not read once more when it is loaded
+def _sha256_of(path: Path, *_status: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

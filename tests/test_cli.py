@@ -8,13 +8,18 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import kd_recipes
 from kd_recipes.config import load_and_validate, shipped_configs
 from kd_recipes.entry import RECIPES
+from toy import Toys, distill, lora_section
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,6 +57,32 @@ def test_only_validate_imports_torch() -> None:
     imports = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stderr
     assert "omegaconf" in imports
     assert not re.search(r"\| +(torch|torchtune|torchao|numpy)$", imports, re.MULTILINE)
+
+
+def test_consolidate_writes_the_student_of_a_checkpoint(
+    write_config: Callable[..., Path], tmp_path: Path, toys: Toys
+) -> None:
+    distill(write_config(tmp_path, model=lora_section(toys.student)), "max_steps=2", "save_every_n_steps=1")
+    run, name = tmp_path / "run", "model-00001-of-00001.safetensors"
+    done = run_cli("consolidate", str(run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"The student: {run / 'students' / 'step_00000002'}\n"
+    newest, final = (load_file(run / where / name) for where in ("students/step_00000002", "final"))
+    assert newest.keys() == final.keys()
+    assert all(torch.equal(newest[key], final[key]) for key in final)
+    assert run_cli("consolidate", str(run), "--checkpoint", "step_00000001", "--output", str(tmp_path / "one")).stdout
+    first = load_file(tmp_path / "one" / name)
+    assert any(not torch.equal(first[key], final[key]) for key in final)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    for words, message in {
+        (str(tmp_path),): "wanted the output_dir of a distillation, with its run.yaml",
+        (str(run),): "wanted a new or empty directory",
+        (str(run), "--checkpoint", "step_7"): "wanted a checkpoint that is whole (manifest.json is missing)",
+    }.items():
+        refused = run_cli("consolidate", *words)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert "ConfigError" not in refused.stderr  # as a traceback would end
 
 
 def test_cp_copies_and_does_not_overwrite_unless_forced(tmp_path: Path) -> None:

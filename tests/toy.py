@@ -24,6 +24,8 @@ from torchtune.training.metric_logging import DiskLogger
 from kd_recipes.config import load_and_validate
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.models import checkpointer_model_type, model_section
+from kd_recipes.training.sharded import read_shapes, read_tensors
+from kd_recipes.training.step import WEIGHTS
 
 TUNE = Path(sys.executable).with_name("tune")
 VOCABULARY = 320
@@ -325,6 +327,15 @@ def fail_once(batch: Any, how: str, rank: int, at: int, marker: str) -> torch.Te
 
 
 _CALLS: dict[str, int] = {}
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights in a run's newest checkpoint, whole."""
+    newest = max((run / "checkpoints").glob("step_*"))
+    shapes = {name: entry for name, entry in read_shapes(newest).items() if name.startswith(WEIGHTS)}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    read_tensors(newest, tensors, None)
+    return {name.removeprefix(WEIGHTS): tensor for name, tensor in tensors.items()}
 
 
 def logged(run: Path) -> dict[int, dict[str, float]]:

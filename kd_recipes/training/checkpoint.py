@@ -1,32 +1,37 @@
 """What a run leaves in its output directory, and how it finds its way back in.
 
 run.yaml                     the config that made the run; its presence says that a run lives here
-checkpoints/step_00000120/   everything that resuming needs: weights, optimizer, random state, data position; and a
-                             manifest of its files' SHA-256, by which damage is known
+checkpoints/step_00000120/   everything that resuming needs: weights and the optimizer's moments (safetensors, each
+                             process its part), random state, data position (state.pt); and a manifest of its files'
+                             SHA-256, by which damage is known
 best/  final/                students, in the form of the checkpoint that the student was loaded from
 logs/                        what the metric logger writes
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_recipes.errors import ConfigError, Problem, one_line
-from kd_recipes.storage import atomic_directory, damage, explain_disk_errors, write_manifest
-from kd_recipes.training.parallel import split_like, split_optimizer_state
+from kd_recipes.storage import atomic_directory, damage, describe_files, explain_disk_errors, write_manifest
+from kd_recipes.training.parallel import Parallel
+from kd_recipes.training.sharded import Staging, is_writable, write_tensors
 
-_WEIGHTS, _STATE, _CONFIG = "weights.safetensors", "state.pt", "run.yaml"
+CONFIG = "run.yaml"
+_STATE = "state.pt"
 _RESULTS = ("checkpoints", "best", "final")
 
 
@@ -45,7 +50,7 @@ class RunDirectory:
     @property
     def is_occupied(self) -> bool:
         """Whether a run lives here, or something that one would write over."""
-        return any((self.path / name).exists() for name in (_CONFIG, *_RESULTS))
+        return any((self.path / name).exists() for name in (CONFIG, *_RESULTS))
 
     def goes_on(self, resume: bool | str) -> bool:
         """Whether a run with this ``resume_from_checkpoint`` goes on with the one that is here."""
@@ -53,7 +58,7 @@ class RunDirectory:
 
     def may_begin_anew(self, resume: bool | str) -> bool:
         """Whether what is here is a run of which nothing has been saved, and which it is left to us to begin again."""
-        return resume == "auto" and (self.path / _CONFIG).is_file() and not self.checkpoints()
+        return resume == "auto" and (self.path / CONFIG).is_file() and not self.checkpoints()
 
     @property
     def results(self) -> list[Path]:
@@ -64,14 +69,14 @@ class RunDirectory:
         """Make the directory and record the config, interpolations unresolved."""
         with explain_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            new = self.path / f".{_CONFIG}.new"
+            new = self.path / f".{CONFIG}.new"
             OmegaConf.save(cfg, new)
-            os.replace(new, self.path / _CONFIG)  # a full disk must not empty the one of the run that goes on
+            os.replace(new, self.path / CONFIG)  # a full disk must not empty the one of the run that goes on
 
     @property
     def recorded_dtype(self) -> str | None:
         """The ``dtype`` that the run computes in, as :meth:`open` recorded it."""
-        file = self.path / _CONFIG
+        file = self.path / CONFIG
         cfg = OmegaConf.load(file) if file.is_file() else None
         return cfg.get("dtype") if isinstance(cfg, DictConfig) else None
 
@@ -79,19 +84,29 @@ class RunDirectory:
         """The checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
 
-    def save(self, step: int, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint; only when it is whole are others deleted: older ones, and those of later steps.
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], parallel: Parallel) -> None:
+        """Write a checkpoint, each process its part of the tensors, the main process the rest.
 
-        A run that went back to an earlier step takes another way from there, and later steps are not of it.
+        Only when it is whole are others deleted: older ones, and those of later steps: a run that went back to an
+        earlier step takes another way from there, and later steps are not of it.
+
+        Args:
+            step: its number.
+            tensors: by name; split over the processes, or alike in all of them.
+            state: everything else, of the main process.
+            parallel: the processes, in a group of their own if others of their threads talk meanwhile.
         """
         new = self.path / "checkpoints" / f"step_{step:08d}"
-        with atomic_directory(new) as directory:
-            save_file(
-                {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}, directory / _WEIGHTS
-            )
-            with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
-                torch.save(state, file)
-            write_manifest(directory)
+        with ExitStack() as stack:
+            directory = parallel.on_main(lambda: stack.enter_context(atomic_directory(new)))
+            written = describe_files(directory, write_tensors(directory, tensors, parallel.group))
+            entries = {name: entry for part in parallel.each(written) for name, entry in part.items()}
+            parallel.on_main(lambda: _write_state(directory, state, entries))
+            parallel.on_main(stack.pop_all().close)
+        if parallel.is_main:
+            self._delete_others(new)
+
+    def _delete_others(self, new: Path) -> None:
         found = self.checkpoints()
         own = found[: found.index(new) + 1]
         for other in [*found[len(own) :], *own[: -self._keep_last_n]]:
@@ -118,8 +133,8 @@ class RunDirectory:
             damages.append(why)
         raise self._damaged(candidates[0], damages[0])
 
-    def load(self, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read the checkpoint that :meth:`find` finds.
+    def load(self, name: str | None = None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint that :meth:`find` finds, and what is in it besides tensors.
 
         Raises:
             ConfigError: there is none, or it cannot be read.
@@ -129,7 +144,7 @@ class RunDirectory:
         if name is None and directory not in newest:
             print(f"{newest[0]} is damaged; going on from {directory.name}", file=sys.stderr)
         try:
-            return load_file(directory / _WEIGHTS), torch.load(directory / _STATE, weights_only=True)
+            return directory, torch.load(directory / _STATE, weights_only=True)
         except Exception as error:  # each library has its own exceptions for a file that is not its
             raise self._damaged(directory, one_line(error)) from error
 
@@ -141,17 +156,85 @@ class RunDirectory:
         )
 
 
-@torch.no_grad()
-def load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
-    """Take saved weights back, in place.
+def _write_state(directory: Path, state: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
+        torch.save(state, file)
+    write_manifest(directory, entries)
 
-    Raises:
-        KeyError: they are not of the same parameters.
+
+class Background:
+    """Lets one task at a time go on beside the training; or, if it is not ``enabled``, does it at once."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._staging = Staging() if enabled else None
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._task: Future[None] | None = None
+
+    def save(self, save: Callable[..., None], step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Call ``save(step, tensors, state)``, when the one before is through.
+
+        Raises:
+            Exception: what the one before has raised.
+        """
+        self.wait()
+        if self._staging is None:
+            save(step, tensors, state)
+        else:
+            copies = self._staging.copy(tensors), copy.deepcopy(state)
+            self._task = self._executor.submit(save, step, *copies)
+
+    def wait(self) -> None:
+        """Until nothing is under way.
+
+        Raises:
+            Exception: what the task has raised.
+        """
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
+
+
+# -------------------------------------------------------------------------------------------- optimizers, as tensors
+_OPTIMIZER = "optimizer."
+
+
+def split_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors with names, and what is left of its ``state_dict``.
+
+    Args:
+        optimizer: of parameters with these names, in this order.
+        names: of its parameters.
     """
-    if parameters.keys() != saved.keys():
-        raise KeyError(f"saved and trainable parameters differ: {sorted(parameters.keys() ^ saved.keys())[:3]} …")
-    for name, parameter in parameters.items():
-        parameter.copy_(split_like(saved[name], parameter))
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    rest = {}
+    for index, entries in state["state"].items():
+        is_tensor = {key: isinstance(value, Tensor) and is_writable(value) for key, value in entries.items()}
+        tensors |= {f"{_OPTIMIZER}{names[index]}.{key}": entries[key] for key in entries if is_tensor[key]}
+        rest[index] = {key: value for key, value in entries.items() if not is_tensor[key]}
+    return tensors, {**state, "state": rest}
+
+
+def allocate_optimizer(
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]], parameters: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Room for what :func:`split_optimizer` took apart: the tensors, to be read into, and a ``state_dict`` with them.
+
+    Args:
+        shapes: of the tensors that were saved.
+        parameters: of the optimizer; what has a parameter's shape is split as it is.
+        rest: what was left of the ``state_dict``.
+    """
+    tensors: dict[str, Tensor] = {}
+    state = {index: dict(entries) for index, entries in rest["state"].items()}
+    for index, (name, parameter) in enumerate(parameters.items()):
+        prefix = f"{_OPTIMIZER}{name}."
+        for saved in (saved for saved in shapes if saved.startswith(prefix) and "." not in saved[len(prefix) :]):
+            shape, dtype = shapes[saved]
+            is_alike = shape == parameter.shape
+            tensor = torch.zeros_like(parameter, dtype=dtype) if is_alike else torch.zeros(shape, dtype=dtype)
+            tensors[saved] = state.setdefault(index, {})[saved[len(prefix) :]] = tensor.detach()
+    return tensors, {**rest, "state": state}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any]) -> None:
@@ -168,8 +251,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapp
         ValueError: it is another optimizer's.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(split_optimizer_state(state["optimizer"], parameters))
+    optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     for group, settings in zip(optimizer.param_groups, configured, strict=True):

@@ -8,8 +8,8 @@ forward pass of a micro-batch to its backward pass, because the loss multiplies 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torchtune.modules import TransformerDecoder
 
@@ -33,6 +33,11 @@ T = TypeVar("T")
 def world_size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of those that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def local_device(name: str) -> torch.device:
@@ -69,12 +74,16 @@ class Parallel:
         world_size: how many processes there are.
         device: of this process's models.
         mesh: the processes in rows that hold a whole model each; None for a single process.
+        group: in which they meet to talk, in host memory; the default one if None.
+        name: of that group, by which :meth:`late` knows its meetings.
     """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    name: str = "training"
 
     @classmethod
     def start(cls, device: torch.device, *, shard_size: int | None = None, timeout: float = 600) -> Parallel:
@@ -96,6 +105,12 @@ class Parallel:
         shape = (size // (shard_size or size), shard_size or size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         return cls(dist.get_rank(), size, device, mesh)
+
+    def aside(self, name: str, timeout: float) -> Parallel:
+        """The same processes in a group of its own, for a thread that works beside the one that trains."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), name=name)
 
     @property
     def is_main(self) -> bool:
@@ -169,41 +184,45 @@ class Parallel:
             return [value]
         values: list[Any] = [None] * self.world_size
         self._arrive()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def _arrive(self) -> None:
         """Leave word that this process has come to its next meeting with the others, for :meth:`late`."""
-        _store().add(f"kd_recipes/meetings/{self.rank}", 1)
+        _store().add(self._meetings(self.rank), 1)
+
+    def _meetings(self, rank: int) -> str:
+        return f"kd_recipes/meetings/{self.name}/{rank}"
 
     def late(self) -> list[int]:
         """The processes that have not come to the meeting that this one has come to last."""
         if self.world_size == 1:
             return []
         try:
-            meetings = [_store().add(f"kd_recipes/meetings/{rank}", 0) for rank in range(self.world_size)]
+            meetings = [_store().add(self._meetings(rank), 0) for rank in range(self.world_size)]
         except RuntimeError:  # the store has gone with the process that kept it
             return []
         return [rank for rank, count in enumerate(meetings) if count < meetings[self.rank]]
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Let the main process do something while the others wait for it.
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What the main process gets by doing something, which the others wait for.
 
         Raises:
             Exception: the main process's own.
             RunError: elsewhere, that the main process has failed.
         """
-        failure: Exception | None = None
+        result, failure = None, None
         if self.is_main:
             try:
-                action()
+                result = action()
             except Exception as error:
                 failure = error
-        text = self.each(None if failure is None else str(failure))[0]
+        result, text = self.each((result, None if failure is None else str(failure)))[0]
         if failure is not None:
             raise failure
         if text is not None:
             raise RunError(f"process 0 failed: {text}")
+        return result  # type: ignore[return-value]
 
     def stop(self) -> None:
         """Part from the other processes."""
@@ -213,23 +232,3 @@ class Parallel:
 
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
-
-
-def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has whole, split as a parameter is."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-        return whole
-    whole = whole.to(parameter.to_local().device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def split_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` with what is of a parameter's shape split as the parameter is."""
-    of_parameter = {
-        index: {
-            key: split_like(value, parameters[index]) if isinstance(value, Tensor) else value
-            for key, value in entries.items()
-        }
-        for index, entries in state["state"].items()
-    }
-    return {**state, "state": of_parameter}

@@ -24,7 +24,7 @@ from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
 from kd_recipes.training.checkpoint import RunDirectory
-from kd_recipes.training.parallel import world_size
+from kd_recipes.training.parallel import is_main_process, world_size
 from kd_recipes.training.schedules import Schedule
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
@@ -223,7 +223,8 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
         wanted = "True with a checkpointer.recipe_checkpoint: auto takes the newest"
         yield Problem("resume_from_checkpoint", "auto", wanted)
     if run.goes_on(cfg.resume_from_checkpoint):
-        yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
+        if is_main_process():  # all of it is read
+            yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
     elif run.is_occupied and not run.may_begin_anew(cfg.resume_from_checkpoint):
         remedy = "Choose another output_dir, delete it, or go on with it: resume_from_checkpoint=True"
         yield Problem("output_dir", str(directory), "a directory that holds no other run", remedy)

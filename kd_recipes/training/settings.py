@@ -111,6 +111,12 @@ KEYS = (
         wanted="a whole number above 0; after each epoch and at the end in any case",
         check=is_positive,
     ),
+    Key(
+        "enable_async_checkpointing",
+        "bool",
+        default=False,
+        wanted="whether checkpoints are written while the training goes on, from a copy in host memory",
+    ),
     Key("keep_last_n_checkpoints", "int", default=2, wanted="a whole number above 0", check=is_positive),
     Key("export_dtype", "choice", wanted="bf16 or fp32; the checkpoint's own by default", check=lambda v: v in DTYPES),
     Key("save_adapter_weights_only", "bool", default=False),

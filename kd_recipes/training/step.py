@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import RunError
-from kd_recipes.training.checkpoint import load_optimizer, load_parameters
+from kd_recipes.training.checkpoint import allocate_optimizer, load_optimizer, split_optimizer
 from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import MasterWeights
+from kd_recipes.training.sharded import read_shapes, read_tensors
+
+WEIGHTS = "weights."  # in a checkpoint, before the names of the parameters
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], tuple[torch.optim.Optimizer, Any]]
 
@@ -77,21 +81,32 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The weights, in the optimizer's precision, and what optimizer and schedule have gathered; whole tensors."""
+        """The weights, in the optimizer's precision, with what the optimizer has gathered; and what is no tensor."""
         schedule = self.scheduler.state_dict() if self.scheduler is not None else None
-        optimizer = self._parallel.gather(self.optimizer.state_dict())
-        return self._parallel.gather(dict(self.parameters)), {"optimizer": optimizer, "scheduler": schedule}
+        tensors, rest = split_optimizer(self.optimizer, list(self.parameters))
+        weights = {f"{WEIGHTS}{name}": parameter for name, parameter in self.parameters.items()}
+        return {**weights, **tensors}, {"optimizer": self._parallel.gather(rest), "scheduler": schedule}
 
-    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, directory: Path, state: Mapping[str, Any], parallel: Parallel) -> None:
         """Take :meth:`state_dict` back.
+
+        Args:
+            directory: where the tensors are.
+            state: what is no tensor.
+            parallel: the processes.
 
         Raises:
             KeyError: the weights are others.
-            ValueError: the optimizer is another.
+            ValueError: they are of other shapes, or the optimizer is another.
         """
-        load_parameters(self.parameters, weights)
+        shapes = read_shapes(directory)
+        weights = {f"{WEIGHTS}{name}": parameter for name, parameter in self.parameters.items()}
+        if others := {name for name in shapes if name.startswith(WEIGHTS)} ^ weights.keys():
+            raise KeyError(f"saved and trainable parameters differ: {sorted(others)[:3]} …")
+        tensors, optimizer = allocate_optimizer(shapes, self.parameters, state["optimizer"])
+        read_tensors(directory, {**weights, **tensors}, parallel.group)
         self._weights.publish()
-        load_optimizer(self.optimizer, self.scheduler, state)
+        load_optimizer(self.optimizer, self.scheduler, {**state, "optimizer": optimizer})
 
 
 def require_finite(loss: float, grad_norm: float, step: int, batch: Callable[[], str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +24,16 @@ from kd_recipes import storage
 from kd_recipes.batch import Batch
 from kd_recipes.entry import EXIT_STOPPED, run_recipe
 from kd_recipes.students import Student
+from kd_recipes.training import checkpoint
 from kd_recipes.training.checkpoint import RunDirectory
+from kd_recipes.training.parallel import Parallel
+from kd_recipes.training.sharded import read_tensors
+from kd_recipes.training.step import Updates
 from toy import SignallingLogger, Toys, distill, logged, text_section
 
 WriteConfig = Callable[..., Path]
 RUN = {"max_steps": 20, "epochs": 2, "save_every_n_steps": 7, "eval_every_n_steps": 5, "model.attn_dropout": 0.1}
+ALONE = Parallel(0, 1, torch.device("cpu"))
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -121,19 +129,67 @@ def test_a_signal_in_the_middle_of_saving(
     assert distill(config, "resume_from_checkpoint=True").step == 20
 
 
+def test_the_training_goes_on_while_a_checkpoint_is_written(
+    toys: Toys, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that is held back until steps later holds the weights of its own step."""
+    config = write_config(tmp_path, **_evaluated(toys), enable_async_checkpointing=True)
+    unbroken = distill(config, f"output_dir={tmp_path / 'unbroken'}")
+    write, done = checkpoint.write_tensors, threading.Event()
+    steps: list[int] = []
+    train = Updates.apply
+
+    def apply(self: Updates) -> None:
+        train(self)
+        steps.append(len(steps) + 1)
+        if steps[-1] == 10:
+            done.set()
+
+    def write_late(directory: Path, *args: Any) -> Any:
+        assert done.wait(60)
+        return write(directory, *args)
+
+    monkeypatch.setattr(Updates, "apply", apply)
+    monkeypatch.setattr(checkpoint, "write_tensors", write_late)
+    assert _signalled(config, 11) == TERMINATED
+    assert steps[-1] == 11
+    names = [path.name for path in RunDirectory(tmp_path / "run").checkpoints()]
+    assert names == ["step_00000007", "step_00000011"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / names[1])
+    resumed = distill(config, "resume_from_checkpoint=auto")
+    assert all(
+        torch.equal(parameter, unbroken._updates.parameters[name])
+        for name, parameter in resumed._updates.parameters.items()
+    )
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_that_went_on(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, **RUN)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", refuse)
+    assert run_recipe("distill", ["--config", str(config), "enable_async_checkpointing=True"]) == EXIT_STOPPED
+    assert "step_00000007: No space left on device. What had been saved before is untouched" in capfd.readouterr().err
+
+
 def _save_for_ever(path: Path) -> None:
     torch.set_num_threads(1)
     run = RunDirectory(path, keep_last_n=2)
     (path / "begun").touch()
     for step in range(1, 10_000):
-        run.save(step, {"w": torch.full((50_000,), float(step))}, {"step": step, "x": torch.full((50_000,), step)})
+        tensors = {"w": torch.full((50_000,), float(step))}
+        run.save(step, tensors, {"step": step, "x": torch.full((50_000,), step)}, ALONE)
 
 
 def test_killed_at_fifty_moments_of_saving(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kd_recipes.training.checkpoint"])  # type: ignore[attr-defined]
     generator, steps = random.Random(0), set()
-    RunDirectory(tmp_path).save(1, {"w": torch.ones(5)}, {"step": 1, "x": torch.ones(5)})
+    RunDirectory(tmp_path).save(1, {"w": torch.ones(50_000)}, {"step": 1, "x": torch.ones(5)}, ALONE)
     for attempt in range(50):
         process = context.Process(target=_save_for_ever, args=(tmp_path,))  # type: ignore[attr-defined]
         process.start()
@@ -143,11 +199,13 @@ def test_killed_at_fifty_moments_of_saving(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         (tmp_path / "begun").unlink()
-        weights, state = RunDirectory(tmp_path).load()
+        directory, state = RunDirectory(tmp_path).load()
+        weights = {"w": torch.empty(50_000)}
+        read_tensors(directory, weights, None)
         assert weights["w"].unique().tolist() == [state["step"]] == state["x"].unique().tolist(), attempt
         steps.add(state["step"])
     assert len(steps) > 1, "the kills fell on one moment"
-    RunDirectory(tmp_path).save(10_000, {"w": torch.ones(1)}, {})
+    RunDirectory(tmp_path).save(10_000, {"w": torch.ones(1)}, {}, ALONE)
 
 
 def test_what_a_manifest_sees(tmp_path: Path) -> None:

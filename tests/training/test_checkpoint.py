@@ -13,6 +13,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torchtune.training import get_cosine_schedule_with_warmup
 
 from kd_recipes.training.checkpoint import RunDirectory, load_optimizer
+from kd_recipes.training.parallel import Parallel
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
 def schedule(optimizer: Optimizer) -> Any:
@@ -81,8 +84,8 @@ def test_another_kind_of_optimizer_is_refused(before: Any, after: Any, missing: 
 def test_a_run_that_went_back_drops_the_steps_of_the_way_it_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, keep_last_n=2)
     for step in (10, 20, 30):
-        run.save(step, {"weight": torch.tensor([float(step)])}, {"step": step})
+        run.save(step, {"weight": torch.tensor([float(step)])}, {"step": step}, ALONE)
     assert [path.name for path in run.checkpoints()] == ["step_00000020", "step_00000030"]
-    run.save(25, {"weight": torch.tensor([25.0])}, {"step": 25})  # resumed from 20
+    run.save(25, {"weight": torch.tensor([25.0])}, {"step": 25}, ALONE)  # resumed from 20
     assert [path.name for path in run.checkpoints()] == ["step_00000020", "step_00000025"]
     assert run.load()[1]["step"] == 25

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_recipes.training.data import Loader
-from toy import TUNE, Toys, distill, logged, lora_section, run_tune, save_config, text_section
+from toy import TUNE, Toys, distill, logged, lora_section, run_tune, save_config, saved_weights, text_section
 
 WriteConfig = Callable[..., Path]
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
@@ -44,8 +44,7 @@ def trained(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Callable[.
         launcher = [] if num_processes == 1 else ["--nproc_per_node", str(num_processes)]
         done = run_tune("run", *launcher, "kd_recipes.distill", "--config", str(config), *overrides, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-        newest = max((directory / "run" / "checkpoints").glob("step_*"))
-        return load_file(newest / "weights.safetensors")
+        return saved_weights(directory / "run")
 
     return run
 
@@ -82,7 +81,7 @@ def test_the_update_does_not_depend_on_the_number_of_processes(
     _assert_close(exports[1], exports[0])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
 def test_a_run_goes_on_with_another_number_of_processes(
     before: int, after: int, trained: Callable[..., dict[str, Tensor]], tmp_path: Path
 ) -> None:
@@ -90,6 +89,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
         "feature_losses": HIDDEN,
         "shuffle": True,
+        "enable_async_checkpointing": before == 2,
     }
     whole = trained(1, "max_steps=4", name="whole", **settings)
     trained(before, "max_steps=2", name="parts", **settings)
@@ -192,8 +192,7 @@ def test_two_hosts_do_what_one_does(
     ]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    newest = max((tmp_path / "two" / "checkpoints").glob("step_*"))
-    _assert_close(load_file(newest / "weights.safetensors"), one)
+    _assert_close(saved_weights(tmp_path / "two"), one)
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
