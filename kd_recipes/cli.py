@@ -145,7 +145,7 @@ def _consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trus
 
     try:
         print(f"The student: {consolidate(run, checkpoint, output, trusts_all=trusts_all)}")
-    except RunError as error:
+    except (ConfigError, RunError) as error:
         return _fail(str(error))
     return 0
 

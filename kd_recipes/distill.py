@@ -32,7 +32,7 @@ from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Student
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
-from kd_recipes.training.data import Loader, accumulate, build_dataset, count_steps, weigh
+from kd_recipes.training.data import Loader, accumulate, build_loader, count_steps, samples_per_step, weigh
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
@@ -65,6 +65,7 @@ class DistillRecipe(FTRecipeInterface):
             cfg.dtype = self._run.recorded_dtype or "auto"
         self._dtype = self._parallel.each(resolve_dtype(cfg.dtype, self._device))[0]  # as measured by the main process
         cfg.dtype = dtype_name(self._dtype)
+        self._samples_per_step = samples_per_step(cfg, self._parallel)
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.step, self._best = 0, math.inf
         self._history: dict[int, HeldOut] = {}
@@ -93,8 +94,8 @@ class DistillRecipe(FTRecipeInterface):
             **{key: cfg[key] for key in ("teacher_temperature", "label_smoothing", "chunk_size", "token_weights")},
             num_ids=self._num_ids,
         )
-        self._loader = self._setup_loader("dataset", shuffle=cfg.shuffle)
-        self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset", shuffle=False)
+        self._loader = self._setup_loader("dataset")
+        self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset")
         self._steps_per_epoch = count_steps(len(self._loader), cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
         next(weigh(self._loader.batches(), self._token_weights))  # or an error in it
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
@@ -118,10 +119,6 @@ class DistillRecipe(FTRecipeInterface):
             self._logger.log_config(without_environment(cfg))
 
     @property
-    def _samples_per_step(self) -> int:
-        return int(self._cfg.batch_size * self._cfg.gradient_accumulation_steps) * self._parallel.world_size
-
-    @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return min(int(self._cfg.epochs) * self._steps_per_epoch, int(self._cfg.max_steps or sys.maxsize))
@@ -131,20 +128,9 @@ class DistillRecipe(FTRecipeInterface):
         arguments = {"num_training_steps": self.num_steps, "last_epoch": -1}
         return optimizer, build("lr_scheduler", self._cfg.lr_scheduler, optimizer, **arguments)
 
-    def _setup_loader(self, key: str, *, shuffle: bool) -> Loader:
-        dataset, packed = build_dataset(self._cfg[key], self._tokenizer, key)
-        return Loader(
-            dataset,
-            packed=packed,
-            batch_size=self._cfg.batch_size,
-            shuffle=shuffle,
-            seed=self._seed,
-            padding_idx=self._tokenizer.pad_id,
-            device=self._device,
-            max_seq_len=self._max_seq_len,
-            rank=self._parallel.rank,
-            world_size=self._parallel.world_size,
-        )
+    def _setup_loader(self, key: str) -> Loader:
+        arguments = (self._cfg, key, self._tokenizer, self._parallel)
+        return build_loader(*arguments, seed=self._seed, max_seq_len=self._max_seq_len)
 
     def _setup_student(self) -> Student:
         cfg = self._cfg

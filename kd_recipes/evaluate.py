@@ -29,6 +29,7 @@ from kd_recipes.signals import DenseSignal
 from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.data import Loader, build_dataset
+from kd_recipes.training.order import Rows
 from kd_recipes.training.precision import DTYPES, dtype_name, is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer, token_ids
 
@@ -108,11 +109,9 @@ def _require_one_vocabulary(directories: dict[str, Path], reference: str) -> Non
 def _text(cfg: DictConfig, tokenizer: Any, device: torch.device) -> list[Batch]:
     dataset, packed = build_dataset(cfg.dataset, tokenizer, "dataset")
     loader = Loader(
-        dataset,
+        Rows(dataset, shuffle=False, seed=0),
         packed=packed,
         batch_size=cfg.batch_size,
-        shuffle=False,
-        seed=0,
         padding_idx=tokenizer.pad_id,
         device=device,
         max_seq_len=sys.maxsize,

@@ -267,6 +267,14 @@ def greedy(model: TransformerDecoder, prompt: Sequence[int], num_tokens: int, st
 
 
 # ------------------------------------------------------------------------------------------------------------- data
+def stream_of(dataset: Any) -> tuple[Any, Callable[[Mapping[str, Any]], dict[str, Any]]] | None:
+    """The rows of a data set that is read as a stream, and what makes a sample of one; None where it has a length."""
+    source = getattr(dataset, "_data", None)
+    return (
+        (source, dataset._prepare_sample) if hasattr(source, "set_epoch") and not hasattr(source, "__len__") else None
+    )
+
+
 def collate(padding_idx: int, packed: bool) -> Callable[[list[Any]], dict[str, Tensor]]:
     """torchtune's collate function: ``tokens`` and ``labels`` ``[B, S]``; packed, also ``mask`` and ``input_pos``."""
     if packed:

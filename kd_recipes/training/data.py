@@ -10,25 +10,34 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.datasets import ConcatDataset
+from tqdm import tqdm
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import IGNORE_INDEX, Batch, shift_labels
 from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.training.order import Rows, Stream
+from kd_recipes.training.parallel import Parallel
+
+_LOOKED_AT = 100  # rows of a stream
 
 
-def build_dataset(cfg: DictConfig | ListConfig, tokenizer: Any, key: str) -> tuple[Dataset[Any], bool]:
+def build_dataset(
+    cfg: DictConfig | ListConfig, tokenizer: Any, key: str, *, may_stream: bool = False
+) -> tuple[Dataset[Any], bool]:
     """A data set, or several one after the other, and whether it is packed.
 
     Raises:
-        ConfigError: it cannot be built, is empty, or none of its samples has a label.
+        ConfigError: it cannot be built, is empty, or none of its samples has a label; or it is a stream, and may not.
     """
     sections = list(cfg) if isinstance(cfg, ListConfig) else [cfg]
     try:
         parts = [_torchtune.instantiate(section, tokenizer) for section in sections]
+        if any(_torchtune.stream_of(part) for part in parts) and (len(parts) > 1 or not may_stream):
+            wanted = "one stream, or none" if may_stream else "a data set with a length"
+            raise ConfigError(Problem(f"{key}.streaming", True, wanted, "Leave `streaming` out"))
         dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
         _require_labels(dataset, key)
     except ConfigError:
@@ -40,68 +49,60 @@ def build_dataset(cfg: DictConfig | ListConfig, tokenizer: Any, key: str) -> tup
 
 
 def _require_labels(dataset: Any, key: str) -> None:
-    if len(dataset) == 0:
+    stream = _torchtune.stream_of(dataset)
+    number: Any = f"the first {_LOOKED_AT}" if stream else len(dataset)
+    if number == 0:
         raise ConfigError(Problem(key, "0 samples", "at least one sample", "Look at its source, split and filter"))
-    samples = (dataset[index] for index in range(len(dataset)))  # the first is enough, but in the case of the error
+    if stream:
+        source, prepare = stream
+        samples = (prepare(row) for row in islice(source, _LOOKED_AT))
+    else:  # the first is enough, but in the case of the error
+        samples = (dataset[index] for index in range(len(dataset)))
     if all((torch.as_tensor(sample["labels"])[1:] == IGNORE_INDEX).all() for sample in samples):
         wanted = "at least one label that is not masked"
         remedy = (
             "Look at train_on_input, the masking strategy, and max_seq_len (a prompt that fills it leaves no answer)"
         )
-        raise ConfigError(Problem(key, f"{len(dataset)} samples, all labels masked", wanted, remedy))
+        raise ConfigError(Problem(key, f"{number} samples, all labels masked", wanted, remedy))
 
 
 class Loader:
-    """Batches in an order that depends on the seed and the epoch alone.
-
-    The processes' batches of a turn are together what a single process has in it with batches as large as all theirs.
+    """Batches of the samples that a process has.
 
     Args:
-        dataset: of torchtune's samples.
+        order: which samples, and in which order.
         packed: whether they are packed.
         batch_size: samples of a batch.
-        shuffle: draw a new order for each epoch, and drop what does not fill a batch. Text that is not shuffled is
-            seen to its last token: processes that have run out get a sample again, with its labels masked.
-        seed: of the order.
         padding_idx: id that short samples are filled up with.
         device: of the batches.
         max_seq_len: that the models' positions reach to.
-        rank: of this process.
-        world_size: number of processes.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        order: Rows | Stream,
         *,
         packed: bool,
         batch_size: int,
-        shuffle: bool,
-        seed: int,
         padding_idx: int,
         device: torch.device,
         max_seq_len: int,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self._sampler: StatefulDistributedSampler = StatefulDistributedSampler(
-            dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle
-        )
+        self._order, self._batch_size = order, batch_size
         self._loader = StatefulDataLoader(
-            dataset,
+            order.dataset,
             batch_size=batch_size,
-            sampler=self._sampler,
+            sampler=order.sampler,
             collate_fn=_torchtune.collate(padding_idx, packed),
-            drop_last=shuffle,
+            drop_last=order.drop_last,
             # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
             generator=torch.Generator(),
         )
         self._device, self._max_seq_len = device, max_seq_len
-        self._start = 0  # of the next pass, in samples of this process
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self._loader)
+        """Batches of an epoch; of a stream, more than anybody will ask for."""
+        return self._order.num_batches(self._batch_size)
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, labels shifted, on the device.
@@ -109,32 +110,90 @@ class Loader:
         Raises:
             ConfigError: a sequence that the models' positions do not reach.
         """
-        self._sampler.set_epoch(epoch)
-        num_replicas = self._sampler.num_replicas
-        position, self._start = self._sampler.rank + num_replicas * self._start, 0
+        position = self._order.begin(epoch)
         for collated in self._loader:
             num_rows, length = collated["tokens"].shape
             if length > self._max_seq_len:
                 wanted = f"at most {self._max_seq_len}, the shorter max_seq_len of the models"
                 remedy = f"Set tokenizer.max_seq_len={self._max_seq_len} to cut longer ones"
                 raise ConfigError(Problem("dataset", f"a sequence of {length} tokens", wanted, remedy))
-            if not self._sampler.shuffle:
-                is_repeated_B = position + num_replicas * torch.arange(num_rows) >= len(self._loader.dataset)
+            is_repeated_B = self._order.is_repeated(position, num_rows)
+            if is_repeated_B is not None:
                 collated["labels"] = collated["labels"].masked_fill(is_repeated_B.unsqueeze(1), IGNORE_INDEX)
-            position += num_replicas * num_rows
+                position += self._order.world_size * num_rows
             yield shift_labels(collated).to(self._device)
 
     def seek(self, num_samples: int, seed: int) -> None:
         """Begin the next pass behind so many samples, counted over all processes, of the order of a seed."""
-        self._sampler.seed = seed
-        self._start = num_samples // self._sampler.num_replicas
-        self._sampler.load_state_dict({self._sampler._YIELDED: self._start})
+        self._order.seek(num_samples, seed)
 
     def rows(self, epoch: int, start: int, stop: int) -> list[int]:
         """The rows of the data set that this process has in an epoch between two positions, counted in samples."""
-        self._sampler.set_epoch(epoch)
-        order = DistributedSampler.__iter__(self._sampler)  # and not the stateful one's, which would lose its place
-        return list(islice(order, start, stop))
+        return self._order.rows(epoch, start, stop)
+
+
+def build_loader(
+    cfg: DictConfig, key: str, tokenizer: Any, parallel: Parallel, *, seed: int, max_seq_len: int
+) -> Loader:
+    """The batches of a ``dataset:`` section, or of ``eval_dataset:``, which is neither shuffled nor grouped.
+
+    Args:
+        cfg: of a distillation.
+        key: of the section.
+        tokenizer: of torchtune's protocol.
+        parallel: the processes, which share the samples.
+        seed: of the order.
+        max_seq_len: that the models' positions reach to.
+
+    Raises:
+        ConfigError: the data set cannot be built or has no labels, or a setting does not suit it.
+    """
+    is_training = key == "dataset"
+    settings: dict[str, Any] = {"rank": parallel.rank, "world_size": parallel.world_size}
+    dataset, packed = build_dataset(cfg[key], tokenizer, key, may_stream=True)
+    order: Rows | Stream
+    if (stream := _torchtune.stream_of(dataset)) is not None:
+        _check_stream(cfg, key, is_training)
+        source, prepare = stream
+        if is_training and cfg.shuffle:
+            source = source.shuffle(seed=seed, buffer_size=cfg.shuffle_buffer_size)
+        order = Stream(source, prepare, **settings)
+    else:
+        if is_training and cfg.group_by_length:
+            settings |= {"lengths_N": _lengths(dataset, parallel), "samples_per_step": samples_per_step(cfg, parallel)}
+        order = Rows(dataset, shuffle=is_training and cfg.shuffle, seed=seed, **settings)
+    return Loader(
+        order,
+        packed=packed,
+        batch_size=cfg.batch_size,
+        padding_idx=tokenizer.pad_id,
+        device=parallel.device,
+        max_seq_len=max_seq_len,
+    )
+
+
+def samples_per_step(cfg: DictConfig, parallel: Parallel) -> int:
+    """Of all processes and micro-batches."""
+    return int(cfg.batch_size * cfg.gradient_accumulation_steps) * parallel.world_size
+
+
+def _check_stream(cfg: DictConfig, key: str, is_training: bool) -> None:
+    """Refuse settings that ask for a stream's end, or for all of its rows."""
+    if not is_training and cfg.max_eval_batches is None:
+        raise ConfigError(Problem("max_eval_batches", None, f"a number: {key} is a stream, and has no end"))
+    if is_training and (cfg.max_steps is None or cfg.max_steps_per_epoch is not None):
+        got = f"max_steps {cfg.max_steps}, max_steps_per_epoch {cfg.max_steps_per_epoch}"
+        raise ConfigError(Problem("max_steps", got, f"max_steps alone: {key} is a stream, and has no end"))
+
+
+def _lengths(dataset: Any, parallel: Parallel) -> Tensor:
+    """Tokens of each sample; each process counts its part."""
+    mine = tqdm(range(parallel.rank, len(dataset), parallel.world_size), "lengths", disable=not parallel.is_main)
+    parts = parallel.each([len(dataset[index]["tokens"]) for index in mine])
+    lengths_N = torch.zeros(len(dataset), dtype=torch.long)
+    for rank, part in enumerate(parts):
+        lengths_N[rank :: parallel.world_size] = torch.tensor(part, dtype=torch.long)
+    return lengths_N
 
 
 def count_steps(num_micro_batches: int, num_accumulated: int, limit: int | None) -> int:

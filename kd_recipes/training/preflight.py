@@ -207,6 +207,14 @@ def _effect_problems(cfg: DictConfig) -> Iterator[Problem]:
     if cfg.save_adapter_weights_only and "lora_rank" not in cfg.model:
         wanted = "False: this student has no adapter, all of it is trained"
         yield Problem("save_adapter_weights_only", True, wanted, "Or name a lora_ builder in `model`")
+    if cfg.group_by_length:
+        sections = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+        kinds = {"packed": "packs are all as long", "streaming": "a stream does not tell its lengths"}
+        for kind, reason in kinds.items():
+            if any(section.get(kind) for section in sections):
+                yield Problem("group_by_length", True, f"False with dataset.{kind}: {reason}")
+        if not cfg.shuffle:
+            yield Problem("group_by_length", True, "False with shuffle=False: it draws an order")
     if cfg.enable_activation_offloading and not str(cfg.device).startswith("cuda"):
         yield Problem(
             "enable_activation_offloading", True, f"False on {cfg.device}: activations are in its memory as it is"

@@ -40,6 +40,14 @@ KEYS = (
     Key("eval_dataset", "components", args=1, wanted="held-out data, in the form of dataset"),
     Key("batch_size", "int", required=True, wanted="sequences in a micro-batch, above 0", check=is_positive),
     Key("shuffle", "bool", default=True),
+    Key(
+        "shuffle_buffer_size",
+        "int",
+        default=10_000,
+        wanted="rows of a stream that the next one is drawn from, above 0",
+        check=is_positive,
+    ),
+    Key("group_by_length", "bool", default=False, wanted="whether a step has samples of about the same length"),
     Key("seed", "int", wanted="a whole number from 0; drawn at random if null", check=_is_seed),
     # objective
     Key(

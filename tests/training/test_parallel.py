@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_recipes.training.data import Loader
+from kd_recipes.training.order import Rows
 from toy import TUNE, Toys, distill, logged, lora_section, run_tune, save_config, saved_weights, text_section
 
 WriteConfig = Callable[..., Path]
@@ -39,7 +40,8 @@ def trained(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Callable[.
         directory.mkdir(exist_ok=True)
         cache = {"source": "json", "data_files": str(toys.data / "chat.jsonl"), "cache_dir": str(toys.data / "cache")}
         chat = {**CHAT, **cache, "conversation_column": "messages", "train_on_input": False}
-        defaults = {"dataset": chat, "optimizer": SGD, "clip_grad_norm": 0.5, "batch_size": 4 // num_processes}
+        settings = {"dataset": chat, **settings}
+        defaults = {"optimizer": SGD, "clip_grad_norm": 0.5, "batch_size": 4 // num_processes}
         config = write_config(directory, **{**defaults, "max_steps": 3, **settings})
         launcher = [] if num_processes == 1 else ["--nproc_per_node", str(num_processes)]
         done = run_tune("run", *launcher, "kd_recipes.distill", "--config", str(config), *overrides, cwd=tmp_path)
@@ -55,7 +57,7 @@ def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert (got[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["full", "four", "lora", "replicated", "features"])
+@pytest.mark.parametrize("kind", ["full", "four", "lora", "replicated", "features", "stream", "grouped"])
 def test_the_update_does_not_depend_on_the_number_of_processes(
     kind: str, trained: Callable[..., dict[str, Tensor]], toys: Toys, tmp_path: Path
 ) -> None:
@@ -66,6 +68,10 @@ def test_the_update_does_not_depend_on_the_number_of_processes(
         settings |= {"shard_size": 1, "shard_teacher": False}
     if kind == "features":
         settings["feature_losses"] = HIDDEN
+    if kind == "stream":
+        settings |= {"dataset.streaming": True, "shuffle_buffer_size": 8, "max_steps": 5}  # 20 of 16 rows
+    if kind == "grouped":
+        settings["group_by_length"] = True
     if kind == "four":
         settings["shard_size"] = 2  # two rows of two: hybrid sharding
     many = 4 if kind == "four" else 2
@@ -99,9 +105,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 def _loader(num_samples: int, batch_size: int, rank: int, world_size: int, *, shuffle: bool) -> Loader:
     dataset = [{"tokens": [i, i, i], "labels": [i, i, i]} for i in range(num_samples)]
-    settings: dict[str, Any] = {"packed": False, "shuffle": shuffle, "seed": 3, "padding_idx": 0, "max_seq_len": 9}
-    placed = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
-    return Loader(dataset, batch_size=batch_size, **settings, **placed)
+    settings: dict[str, Any] = {"packed": False, "padding_idx": 0, "max_seq_len": 9}
+    order = Rows(dataset, shuffle=shuffle, seed=3, rank=rank, world_size=world_size)
+    return Loader(order, batch_size=batch_size, device=torch.device("cpu"), **settings)
 
 
 @pytest.mark.parametrize("num_samples", [24, 25, 26, 27])
