@@ -306,19 +306,24 @@ class FullDiskLogger(DiskLogger):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self._max_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def fail_once(batch: Any, how: str, rank: int, at: int, marker: str) -> torch.Tensor:
-    """Weights of tokens, all 1, at whose n-th call the process of a rank is killed or hangs, in one run of two.
+def fail(batch: Any, how: str, rank: int, at: int, marker: str, times: int = 1) -> torch.Tensor:
+    """Weights of tokens, all 1, at whose n-th call the process of a rank is killed or hangs, the first times it runs.
 
     Args:
         batch: to be weighed.
-        how: ``kill`` or ``hang``.
+        how: ``kill`` or ``hang``; ``nap`` only takes its time, at each call.
         rank: of the process.
         at: the call.
-        marker: a file that remembers that it has happened.
+        marker: a file that remembers how often it has happened.
+        times: how often it is to happen.
     """
     calls = _CALLS[marker] = _CALLS.get(marker, 0) + 1
-    if calls == at and int(os.environ.get("RANK", 0)) == rank and not Path(marker).exists():
-        Path(marker).touch()
+    if how == "nap":
+        time.sleep(0.2)
+    file = Path(marker)
+    count = len(file.read_text()) if file.exists() else 0
+    if calls == at and int(os.environ.get("RANK", 0)) == rank and count < times:
+        file.write_text("x" * (count + 1))
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait half a minute to kill it

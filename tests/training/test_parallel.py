@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_recipes.training.data import Loader
 from kd_recipes.training.order import Rows
-from toy import TUNE, Toys, distill, logged, lora_section, run_tune, save_config, saved_weights, text_section
+from toy import TUNE, Toys, distill, logged, lora_section, run_tune, saved_weights, text_section
 
 WriteConfig = Callable[..., Path]
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
@@ -149,66 +149,15 @@ def test_held_out_text_is_counted_once(trained: Callable[..., dict[str, Tensor]]
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- two hosts
-@pytest.fixture
-def hosts() -> Iterator[list[list[str]]]:
-    """How to run a command on each of two hosts with a network between them: namespaces of this one."""
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-
-    names = [f"kd{os.getpid() % 10_000}{side}" for side in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for number, name in enumerate(names, start=1):
-            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-        yield [["ip", "netns", "exec", name] for name in names]
-    except OSError as error:
-        pytest.skip(f"no network namespaces can be made here: {error}")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def test_two_hosts_do_what_one_does(
-    hosts: list[list[str]], trained: Callable[..., dict[str, Tensor]], tmp_path: Path
-) -> None:
-    one = trained(1, name="one")
-    config = save_config(OmegaConf.load(tmp_path / "one" / "config.yaml"), tmp_path / "two.yaml", batch_size=2)
-    command = [str(TUNE), "run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "1", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "10.77.0.1:29511"]
-    recipe = ["kd_recipes.distill", "--config", str(config), f"output_dir={tmp_path / 'two'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-    processes = [
-        subprocess.Popen(
-            # torchrun finds out which host it is from the host's name, which both have
-            [*host, *command, "--local_addr", f"10.77.0.{number}", "--rdzv_conf", f"is_host={number == 1}", *recipe],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number, host in enumerate(hosts, start=1)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    _assert_close(saved_weights(tmp_path / "two"), one)
-
-
 # ------------------------------------------------------------------------------------------------------------ faults
 # without it torchrun's own store goes down with the first worker that is killed, and a restart may not find it
 RELIABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 LAUNCHER = ["run", "--nproc_per_node", "2", "--max-restarts", "1", "kd_recipes.distill"]
 
 
-def _failing(how: str, tmp_path: Path) -> dict[str, Any]:
-    section = {"_component_": "toy.fail_once", "how": how, "rank": 1, "at": 5, "marker": str(tmp_path / how)}
+def _failing(how: str, tmp_path: Path, at: int = 5, times: int = 1) -> dict[str, Any]:
+    section = {"_component_": "toy.fail", "how": how, "rank": 1, "at": at, "times": times}
+    section["marker"] = str(tmp_path / how)
     return {"token_weights": section, "save_every_n_steps": 2, "max_steps": 6, "batch_size": 2}
 
 
@@ -226,6 +175,38 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr
     files = [tmp_path / name / "final" / "model-00001-of-00001.safetensors" for name in ("run", "unbroken")]
     _assert_close(load_file(files[0]), load_file(files[1]))
+
+
+@pytest.mark.slow
+def test_ten_killed_processes_of_ten(write_config: WriteConfig, tmp_path: Path) -> None:
+    settings = _failing("kill", tmp_path, at=3, times=10)
+    config = write_config(tmp_path, **{**settings, "save_every_n_steps": 1, "max_steps": 40, "epochs": 10})
+    launcher = ["run", "--nproc_per_node", "2", "--max-restarts", "10", "kd_recipes.distill"]
+    command = [*launcher, "--config", str(config), "resume_from_checkpoint=auto"]
+    done = run_tune(*command, cwd=tmp_path, **RELIABLE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kill").read_text() == "x" * 10
+    assert list(logged(tmp_path / "run")) == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_two_processes_interrupted_at_every_step(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> None:
+    held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
+    settings = {"max_steps": 20, "epochs": 4, "save_every_n_steps": 7, "eval_every_n_steps": 5, "batch_size": 2}
+    config = write_config(tmp_path, **settings, eval_dataset=held_out, **{"model.attn_dropout": 0.1})
+    script = Path(__file__).with_name("interrupt_every_step.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    unbroken = tmp_path / "unbroken"
+    for at in range(1, 21):
+        run = tmp_path / f"run{at}"
+        files = [next((where / "final").glob("*.safetensors")) for where in (run, unbroken)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        for step, metrics in logged(unbroken).items():
+            timeless = {name for name in metrics if not name.startswith(("time", "throughput"))}
+            assert {name: logged(run)[step][name] for name in timeless} == {name: metrics[name] for name in timeless}
 
 
 def test_a_process_that_hangs_is_named(write_config: WriteConfig, tmp_path: Path) -> None:
