@@ -15,10 +15,9 @@ from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.parts import load_model
 from kd_recipes.storage import atomic_directory, require_vacant
 from kd_recipes.students import Student
-from kd_recipes.training.checkpoint import CONFIG, RunDirectory
+from kd_recipes.training.checkpoint import CONFIG, WEIGHTS, RunDirectory
 from kd_recipes.training.precision import DTYPES
 from kd_recipes.training.sharded import read_tensors
-from kd_recipes.training.step import WEIGHTS
 
 
 def consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trusts_all: bool = False) -> Path:
@@ -40,13 +39,17 @@ def consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trust
     if not file.is_file():
         raise ConfigError(Problem("RUN", str(run), f"the output_dir of a distillation, with its {file.name}"))
     cfg = load_and_validate(str(file), [], "distill", trusts_all=trusts_all)
-    name = None if checkpoint is None else str(Path("checkpoints") / checkpoint)
-    directory = RunDirectory(run).find(name)
+    if not RunDirectory(run).checkpoints():
+        raise ConfigError(Problem("RUN", str(run), "a run that has saved a checkpoint"))
+    directory = RunDirectory(run).find(checkpoint, key="--checkpoint")
     output = output or run / "students" / directory.name
-    require_vacant(output)
+    require_vacant(output, key="--output")
     student = _student(cfg)
     parameters = student.trainable()
-    read_tensors(directory, {f"{WEIGHTS}{name}": parameter for name, parameter in parameters.items()}, None)
+    try:
+        read_tensors(directory, {f"{WEIGHTS}{name}": parameter for name, parameter in parameters.items()}, None)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(Problem("RUN", str(run), "a checkpoint of the model in its run.yaml", str(error))) from error
     with atomic_directory(output) as temporary:
         student.export(student.model.state_dict(), temporary, adapter_only=cfg.save_adapter_weights_only)
     return output

@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class DistillRecipe(FTRecipeInterface):
         self._is_evaluated, self._saved_at, self._num_skipped = False, 0, 0
         self._interruption = Interruption(self._parallel)
         self._saving = self._parallel.aside("saving", cfg.distributed_timeout)
-        self._background = Background(enabled=cfg.enable_async_checkpointing)
+        self._background = Background(self._run, self._saving, enabled=cfg.enable_async_checkpointing)
 
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
@@ -181,8 +180,8 @@ class DistillRecipe(FTRecipeInterface):
         Raises:
             RunInterrupted: a signal asked the process to end; the run is saved.
         """
-        waiting = name_late_processes(self._parallel, self._cfg.distributed_timeout)
-        with self._interruption, waiting, explain_memory(self._cfg, self._sizes()):
+        waiting = [name_late_processes(p, self._cfg.distributed_timeout) for p in (self._parallel, self._saving)]
+        with self._interruption, waiting[0], waiting[1], explain_memory(self._cfg, self._sizes()):
             try:
                 self._train()
             except RunInterrupted:
@@ -317,7 +316,7 @@ class DistillRecipe(FTRecipeInterface):
             "is_evaluated": self._is_evaluated,
             "num_skipped": self._num_skipped,
         }
-        self._background.save(partial(self._run.save, parallel=self._saving), self.step, tensors, state)
+        self._background.save(self.step, tensors, state)
         self._saved_at = self.step
 
     def load_checkpoint(self, name: str | None = None) -> None:

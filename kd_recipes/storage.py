@@ -335,15 +335,19 @@ def _decode_entry(name: str, entry: Mapping[str, Any]) -> TensorSpec:
     return spec
 
 
-def require_vacant(output_dir: Path) -> None:
+def require_vacant(output_dir: Path, *, key: str = "output_dir") -> None:
     """Refuse to write over something.
+
+    Args:
+        output_dir: where something is to be written.
+        key: the setting that names it, for the message.
 
     Raises:
         ConfigError: ``output_dir`` is a file, or a directory with something in it.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        remedy = "Choose another output_dir, or remove it first"
-        raise ConfigError(Problem("output_dir", str(output_dir), "a new or empty directory", remedy))
+        remedy = "Choose another, or remove it first"
+        raise ConfigError(Problem(key, str(output_dir), "a new or empty directory", remedy))
 
 
 def require_free_space(path: Path, num_bytes: int, *, key: str) -> None:

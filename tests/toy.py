@@ -24,8 +24,8 @@ from torchtune.training.metric_logging import DiskLogger
 from kd_recipes.config import load_and_validate
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.models import checkpointer_model_type, model_section
+from kd_recipes.training.checkpoint import WEIGHTS
 from kd_recipes.training.sharded import read_shapes, read_tensors
-from kd_recipes.training.step import WEIGHTS
 
 TUNE = Path(sys.executable).with_name("tune")
 VOCABULARY = 320

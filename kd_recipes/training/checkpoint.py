@@ -10,12 +10,12 @@ logs/                        what the metric logger writes
 
 from __future__ import annotations
 
-import copy
+import io
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.storage import atomic_directory, damage, describe_files, explain_disk_errors, write_manifest
@@ -84,7 +85,7 @@ class RunDirectory:
         """The checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], parallel: Parallel) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any] | bytes, parallel: Parallel) -> None:
         """Write a checkpoint, each process its part of the tensors, the main process the rest.
 
         Only when it is whole are others deleted: older ones, and those of later steps: a run that went back to an
@@ -93,15 +94,16 @@ class RunDirectory:
         Args:
             step: its number.
             tensors: by name; split over the processes, or alike in all of them.
-            state: everything else, of the main process.
+            state: everything else, of the main process; a mapping, or what :func:`pack` made of it.
             parallel: the processes, in a group of their own if others of their threads talk meanwhile.
         """
+        packed = state if isinstance(state, bytes) else pack(state)
         new = self.path / "checkpoints" / f"step_{step:08d}"
         with ExitStack() as stack:
             directory = parallel.on_main(lambda: stack.enter_context(atomic_directory(new)))
             written = describe_files(directory, write_tensors(directory, tensors, parallel.group))
             entries = {name: entry for part in parallel.each(written) for name, entry in part.items()}
-            parallel.on_main(lambda: _write_state(directory, state, entries))
+            parallel.on_main(lambda: _write_state(directory, packed, entries))
             parallel.on_main(stack.pop_all().close)
         if parallel.is_main:
             self._delete_others(new)
@@ -112,8 +114,12 @@ class RunDirectory:
         for other in [*found[len(own) :], *own[: -self._keep_last_n]]:
             shutil.rmtree(other)
 
-    def find(self, name: str | None = None) -> Path:
-        """The newest checkpoint that is whole, or the one named (a path, absolute or from this directory).
+    def find(self, name: str | None = None, *, key: str = "resume_from_checkpoint") -> Path:
+        """The newest checkpoint that is whole, or the one named: by its name, or a path, absolute or from here.
+
+        Args:
+            name: which one.
+            key: the setting that asks for it, for the message.
 
         Raises:
             ConfigError: there is none, or the one named is damaged.
@@ -124,14 +130,19 @@ class RunDirectory:
             if self.is_occupied:
                 remedy = f"The run stopped before it saved one: delete {self.path}, and start anew without resuming"
             raise ConfigError(Problem("resume_from_checkpoint", True, f"a checkpoint in {self.path}", remedy))
-        candidates = found[::-1] if name is None else [self.path / name]
+        by_name = {path.name: path for path in found}
+        candidates = found[::-1] if name is None else [by_name.get(name, self.path / name)]
+        if not candidates[0].is_dir():
+            raise ConfigError(Problem(key, str(candidates[0]), f"a checkpoint that is there: {sorted(by_name)}"))
         damages: list[str] = []
         for directory in candidates:
             why = damage(directory)
             if why is None:
+                if damages:
+                    print(f"{candidates[0]} is damaged; going on from {directory.name}", file=sys.stderr)
                 return directory
             damages.append(why)
-        raise self._damaged(candidates[0], damages[0])
+        raise self._damaged(candidates[0], damages[0], key)
 
     def load(self, name: str | None = None) -> tuple[Path, dict[str, Any]]:
         """The checkpoint that :meth:`find` finds, and what is in it besides tensors.
@@ -140,48 +151,56 @@ class RunDirectory:
             ConfigError: there is none, or it cannot be read.
         """
         directory = self.find(name)
-        newest = self.checkpoints()[-1:]
-        if name is None and directory not in newest:
-            print(f"{newest[0]} is damaged; going on from {directory.name}", file=sys.stderr)
         try:
             return directory, torch.load(directory / _STATE, weights_only=True)
         except Exception as error:  # each library has its own exceptions for a file that is not its
             raise self._damaged(directory, one_line(error)) from error
 
-    def _damaged(self, directory: Path, why: str) -> ConfigError:
+    def _damaged(self, directory: Path, why: str, key: str = "resume_from_checkpoint") -> ConfigError:
         others = [path.name for path in self.checkpoints() if path != directory]
         remedy = f"Delete it, or name another; others here: {others or 'none'}"
-        return ConfigError(
-            Problem("resume_from_checkpoint", str(directory), f"a checkpoint that is whole ({why})", remedy)
-        )
+        return ConfigError(Problem(key, str(directory), f"a checkpoint that is whole ({why})", remedy))
 
 
-def _write_state(directory: Path, state: dict[str, Any], entries: Mapping[str, Any]) -> None:
-    with (directory / _STATE).open("wb") as file:  # given a path, torch.save does not say that the disk is full
-        torch.save(state, file)
+def pack(state: Mapping[str, Any]) -> bytes:
+    """The state as it is now, whatever kinds of tensors are in it; to be read with ``weights_only``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _write_state(directory: Path, packed: bytes, entries: Mapping[str, Any]) -> None:
+    (directory / _STATE).write_bytes(packed)
     write_manifest(directory, entries)
 
 
 class Background:
-    """Lets one task at a time go on beside the training; or, if it is not ``enabled``, does it at once."""
+    """Saves checkpoints, one at a time, while the training goes on; or, if it is not ``enabled``, at once.
 
-    def __init__(self, *, enabled: bool) -> None:
+    Args:
+        run: where they go.
+        parallel: the processes, in a group of their own.
+        enabled: whether to save beside the training.
+    """
+
+    def __init__(self, run: RunDirectory, parallel: Parallel, *, enabled: bool) -> None:
+        self._run, self._parallel = run, parallel
         self._staging = Staging() if enabled else None
         self._executor = ThreadPoolExecutor(max_workers=1)
         self._task: Future[None] | None = None
 
-    def save(self, save: Callable[..., None], step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Call ``save(step, tensors, state)``, when the one before is through.
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """:meth:`RunDirectory.save`, when the one before is through.
 
         Raises:
             Exception: what the one before has raised.
         """
         self.wait()
         if self._staging is None:
-            save(step, tensors, state)
+            self._run.save(step, tensors, state, self._parallel)
         else:
-            copies = self._staging.copy(tensors), copy.deepcopy(state)
-            self._task = self._executor.submit(save, step, *copies)
+            arguments = (step, self._staging.copy(tensors), pack(state), self._parallel)
+            self._task = self._executor.submit(self._run.save, *arguments)
 
     def wait(self) -> None:
         """Until nothing is under way.
@@ -195,7 +214,8 @@ class Background:
 
 
 # -------------------------------------------------------------------------------------------- optimizers, as tensors
-_OPTIMIZER = "optimizer."
+WEIGHTS, _OPTIMIZER = "weights.", "optimizer."  # in a checkpoint, before the names of the parameters
+_TAKEN = "keys of tensors"
 
 
 def split_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -207,12 +227,24 @@ def split_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> t
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    rest = {}
+    rest, taken = {}, {}
+    storages: set[int] = set()
     for index, entries in state["state"].items():
-        is_tensor = {key: isinstance(value, Tensor) and is_writable(value) for key, value in entries.items()}
-        tensors |= {f"{_OPTIMIZER}{names[index]}.{key}": entries[key] for key in entries if is_tensor[key]}
-        rest[index] = {key: value for key, value in entries.items() if not is_tensor[key]}
-    return tensors, {**state, "state": rest}
+        taken[index] = [key for key, value in entries.items() if isinstance(key, str) and _is_own(value, storages)]
+        tensors |= {f"{_OPTIMIZER}{names[index]}.{key}": entries[key] for key in taken[index]}
+        rest[index] = {key: value for key, value in entries.items() if key not in taken[index]}
+    return tensors, {**state, "state": rest, _TAKEN: taken}
+
+
+def _is_own(value: Any, storages: set[int]) -> bool:
+    """Whether a value is a tensor that can be written by itself: some optimizers share one among all parameters."""
+    if not isinstance(value, Tensor) or not is_writable(value):
+        return False
+    local = value.to_local() if isinstance(value, DTensor) else value
+    storage = local.untyped_storage().data_ptr()
+    is_own = storage == 0 or storage not in storages
+    storages.add(storage)
+    return is_own
 
 
 def allocate_optimizer(
@@ -228,13 +260,12 @@ def allocate_optimizer(
     tensors: dict[str, Tensor] = {}
     state = {index: dict(entries) for index, entries in rest["state"].items()}
     for index, (name, parameter) in enumerate(parameters.items()):
-        prefix = f"{_OPTIMIZER}{name}."
-        for saved in (saved for saved in shapes if saved.startswith(prefix) and "." not in saved[len(prefix) :]):
-            shape, dtype = shapes[saved]
+        for key in rest[_TAKEN].get(index, ()):
+            shape, dtype = shapes[f"{_OPTIMIZER}{name}.{key}"]
             is_alike = shape == parameter.shape
             tensor = torch.zeros_like(parameter, dtype=dtype) if is_alike else torch.zeros(shape, dtype=dtype)
-            tensors[saved] = state.setdefault(index, {})[saved[len(prefix) :]] = tensor.detach()
-    return tensors, {**rest, "state": state}
+            tensors[f"{_OPTIMIZER}{name}.{key}"] = state[index][key] = tensor.detach()
+    return tensors, {"state": state, "param_groups": rest["param_groups"]}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any]) -> None:

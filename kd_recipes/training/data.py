@@ -154,10 +154,8 @@ def build_loader(
     order: Rows | Stream
     if (stream := _torchtune.stream_of(dataset)) is not None:
         _check_stream(cfg, key, is_training)
-        source, prepare = stream
-        if is_training and cfg.shuffle:
-            source = source.shuffle(seed=seed, buffer_size=cfg.shuffle_buffer_size)
-        order = Stream(source, prepare, **settings)
+        buffer_size = cfg.shuffle_buffer_size if is_training and cfg.shuffle else None
+        order = Stream(*stream, seed=seed, buffer_size=buffer_size, **settings)
     else:
         if is_training and cfg.group_by_length:
             settings |= {"lengths_N": _lengths(dataset, parallel), "samples_per_step": samples_per_step(cfg, parallel)}

@@ -124,8 +124,10 @@ class Stream(IterableDataset[Any]):
     """What a process has of rows that are read one after the other, and from the beginning again after the last.
 
     Args:
-        source: a stream of rows of Hugging Face's datasets: anything that iterates, with ``set_epoch``.
+        source: a stream of rows of Hugging Face's datasets.
         prepare: makes a sample of a row.
+        seed: of the order.
+        buffer_size: rows that the next one is drawn from; None leaves the order as it is.
         rank: of this process; it reads all rows, and prepares its own.
         world_size: number of processes.
     """
@@ -138,10 +140,13 @@ class Stream(IterableDataset[Any]):
         source: Any,
         prepare: Callable[[Mapping[str, Any]], dict[str, Any]],
         *,
+        seed: int = 0,
+        buffer_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._source, self._prepare = source, prepare
+        self._seed, self._buffer_size = seed, buffer_size
         self._rank, self.world_size = rank, world_size
         self._start = 0
 
@@ -152,11 +157,14 @@ class Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         start, self._start = self._start, 0
+        source = self._source
+        if self._buffer_size is not None:
+            source = source.shuffle(seed=self._seed, buffer_size=self._buffer_size)
         position = 0
         for number in count():
-            self._source.set_epoch(number)
+            source.set_epoch(number)
             before = position
-            for row in self._source:
+            for row in source:
                 if position >= start and position % self.world_size == self._rank:
                     yield self._prepare(row)
                 position += 1
@@ -172,8 +180,8 @@ class Stream(IterableDataset[Any]):
         return 0
 
     def seek(self, num_samples: int, seed: int) -> None:
-        """As :meth:`Rows.seek`; the seed stays that of the source."""
-        self._start = num_samples
+        """As :meth:`Rows.seek`."""
+        self._start, self._seed = num_samples, seed
 
     def is_repeated(self, position: int, num_rows: int) -> Tensor | None:
         """As :meth:`Rows.is_repeated`."""

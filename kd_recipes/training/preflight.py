@@ -187,6 +187,9 @@ def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem("teacher_device", cfg.teacher_device, f"{cfg.device}, as the student: they share it", remedy)
     if cfg.fsdp_cpu_offload and cfg.device == "cpu":
         yield Problem("fsdp_cpu_offload", True, "False on cpu: weights are in its memory as it is")
+    if str(cfg.optimizer._component_).startswith("torchao."):
+        wanted = "an optimizer of torch with several processes: quantized moments cannot be split yet"
+        yield Problem("optimizer._component_", cfg.optimizer._component_, wanted)
     if cfg.model.get("quantize_base"):
         yield Problem("model.quantize_base", True, "False with several processes", "NF4 weights cannot be split yet")
 
@@ -207,6 +210,9 @@ def _effect_problems(cfg: DictConfig) -> Iterator[Problem]:
     if cfg.save_adapter_weights_only and "lora_rank" not in cfg.model:
         wanted = "False: this student has no adapter, all of it is trained"
         yield Problem("save_adapter_weights_only", True, wanted, "Or name a lora_ builder in `model`")
+    for key in ("dataset", "eval_dataset"):
+        if isinstance(cfg[key], DictConfig) and cfg[key].get("packed") and cfg[key].get("streaming"):
+            yield Problem(f"{key}.packed", True, "False with streaming: packs are made of a whole data set")
     if cfg.group_by_length:
         sections = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
         kinds = {"packed": "packs are all as long", "streaming": "a stream does not tell its lengths"}

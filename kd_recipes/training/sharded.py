@@ -7,7 +7,8 @@ them may split the tensors otherwise, or not at all.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,9 +44,9 @@ class Staging:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor is numbers and nothing else: quantized optimizers keep tensors of their own kinds."""
+    """Whether safetensors takes a tensor: quantized optimizers keep tensors of their own kinds."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return type(local.data) is Tensor
+    return type(local.data) is Tensor and local.is_contiguous()
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> list[Path]:
@@ -57,18 +58,24 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: dist.Pr
     Raises:
         Exception: the file system's, of whichever process it refused.
     """
-    files, num_bytes = {}, 0
-    for name, tensor in tensors.items():
-        num_bytes += tensor.nbytes
-        files[name] = num_bytes // _MAX_BYTES + 1
-    highest = {index: rank for rank, index in enumerate(sorted(set(files.values())), start=1)}
-    writer = HuggingFaceStorageWriter(str(directory), {n: highest[i] for n, i in files.items()}, save_distributed=True)
-    with _OwnError(), warnings.catch_warnings():
+    writer = HuggingFaceStorageWriter(str(directory), _file_numbers(tensors), save_distributed=True)
+    with _own_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         save(detached, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank(group)
     return sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
+
+
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Into which of a process's files each tensor goes, from 1."""
+    numbers, number, num_bytes = {}, 1, 0
+    for name, tensor in tensors.items():
+        if num_bytes and num_bytes + tensor.nbytes > _MAX_BYTES:
+            number, num_bytes = number + 1, 0
+        numbers[name] = number
+        num_bytes += tensor.nbytes
+    return numbers
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -90,21 +97,19 @@ def read_tensors(directory: Path, into: Mapping[str, Tensor], group: dist.Proces
     for name, tensor in into.items():
         if shapes[name][0] != tensor.shape:
             raise ValueError(f"{name}: {list(shapes[name][0])} in the checkpoint, {list(tensor.shape)} here")
-    with _OwnError(), warnings.catch_warnings(), torch.no_grad():
+    with _own_error(), warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         reader = HuggingFaceStorageReader(str(directory))
         detached = {name: tensor.detach() for name, tensor in into.items()}
         load(detached, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
-class _OwnError:
-    """Turns torch's error about some processes, which is not an ``Exception``, into that of the first of them."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
-        if isinstance(error, CheckpointException):
-            rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
-            first.add_note(f"in process {rank}")
-            raise first from None
+@contextmanager
+def _own_error() -> Iterator[None]:
+    """Turn torch's error about some processes, which is not an ``Exception``, into that of the first of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+        first.add_note(f"in process {rank}")
+        raise first from None

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import RunError
-from kd_recipes.training.checkpoint import allocate_optimizer, load_optimizer, split_optimizer
+from kd_recipes.training.checkpoint import WEIGHTS, allocate_optimizer, load_optimizer, split_optimizer
 from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.precision import MasterWeights
 from kd_recipes.training.sharded import read_shapes, read_tensors
-
-WEIGHTS = "weights."  # in a checkpoint, before the names of the parameters
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], tuple[torch.optim.Optimizer, Any]]
 

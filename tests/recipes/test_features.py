@@ -20,7 +20,7 @@ from kd_recipes.batch import Batch
 from kd_recipes.models import model_section
 from kd_recipes.parts import load_model
 from kd_recipes.signals import Tap
-from toy import Toys, checkpointer_section, distill, hf_config, logged, lora_section, prepare
+from toy import Toys, checkpointer_section, distill, hf_config, logged, lora_section, prepare, saved_weights
 
 WriteConfig = Callable[..., Path]
 HIDDEN = {"_component_": "kd_recipes.losses.HiddenStates", "weight": 2.0, "distance": "mse"}
@@ -90,7 +90,7 @@ def test_terms_train_the_student_and_their_projections(toys: Toys, write_config:
     projections = dict(recipe._features.named_parameters())
     assert {tuple(p.shape) for p in projections.values()} == {(96, 64)}
     assert len(projections) == 2
-    saved = load_file(next((tmp_path / "trained" / "checkpoints").glob("step_*3/*.safetensors")))
+    saved = saved_weights(tmp_path / "trained")
     for name, parameter in projections.items():
         assert torch.equal(saved[f"feature_losses.{name}"], parameter)
         assert 0 < float((parameter - before[name]).norm().detach()) < float(before[name].norm())

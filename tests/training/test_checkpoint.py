@@ -12,8 +12,10 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torchtune.training import get_cosine_schedule_with_warmup
 
-from kd_recipes.training.checkpoint import RunDirectory, load_optimizer
+from kd_recipes.errors import ConfigError
+from kd_recipes.training.checkpoint import Background, RunDirectory, load_optimizer
 from kd_recipes.training.parallel import Parallel
+from kd_recipes.training.step import Updates
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
@@ -81,6 +83,59 @@ def test_another_kind_of_optimizer_is_refused(before: Any, after: Any, missing: 
         load_optimizer(*begin(after, False, lr=0.1), saved(*first))
 
 
+class Peculiar(SGD):
+    """An optimizer whose state is of kinds that no file takes as they are."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        shared = torch.arange(4.0)
+        for parameter in self.param_groups[0]["params"]:
+            own = {"shared": shared, "transposed": torch.arange(6.0).view(2, 3).T, "a.b": torch.ones(3), "none": None}
+            self.state[parameter] |= {**own, 0: torch.ones(2)}
+
+
+def eight_bit(parameters: Any, lr: float) -> Optimizer:
+    from torchao.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(parameters, lr=lr)
+    return optimizer
+
+
+def _state(value: Any) -> Any:
+    return value.dequantize() if hasattr(value, "dequantize") and type(value) is not torch.Tensor else value
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("build", [SGD, AdamW, Peculiar, eight_bit])
+def test_whatever_an_optimizer_keeps_comes_back(build: Any, enabled: bool, tmp_path: Path) -> None:
+    def parameters() -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(torch.ones(64, 128)) for name in ("a", "a.b")}
+
+    def updates(of: dict[str, nn.Parameter]) -> Updates:
+        def build_optimizer(groups: Any) -> tuple[Optimizer, None]:
+            return build(groups, lr=0.1), None
+
+        return Updates(of, {}, build_optimizer, master_weights=True, clip_grad_norm=None, parallel=ALONE)
+
+    first = updates(parameters())
+    for name, parameter in first.parameters.items():
+        parameter.grad = torch.full_like(parameter, float(len(name)))
+    first.apply()
+    run = RunDirectory(tmp_path)
+    background = Background(run, ALONE, enabled=enabled)
+    background.save(1, *first.state_dict())
+    background.wait()
+    second = updates(parameters())
+    second.load_state_dict(*run.load(), ALONE)
+    before, after = (part.optimizer.state_dict()["state"] for part in (first, second))
+    assert before.keys() == after.keys()
+    for index, entries in before.items():
+        assert entries.keys() == after[index].keys()
+        for key, value in entries.items():
+            torch.testing.assert_close(_state(after[index][key]), _state(value), rtol=0, atol=0)
+    assert all(torch.equal(second.parameters[name], value) for name, value in first.parameters.items())
+
+
 def test_a_run_that_went_back_drops_the_steps_of_the_way_it_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, keep_last_n=2)
     for step in (10, 20, 30):
@@ -89,3 +144,8 @@ def test_a_run_that_went_back_drops_the_steps_of_the_way_it_left(tmp_path: Path)
     run.save(25, {"weight": torch.tensor([25.0])}, {"step": 25}, ALONE)  # resumed from 20
     assert [path.name for path in run.checkpoints()] == ["step_00000020", "step_00000025"]
     assert run.load()[1]["step"] == 25
+    assert run.find("step_00000020").name == "step_00000020"
+    with pytest.raises(
+        ConfigError, match=r"step_7', wanted a checkpoint that is there: \['step_00000020', 'step_00000025'\]"
+    ):
+        run.find("step_7")

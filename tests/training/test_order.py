@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from kd_recipes.training.order import Rows, Stream
-from toy import Interrupted, Toys, distill, prepare, text_section
+from toy import Interrupted, Toys, distill, prepare, save_config, text_section
 
 WriteConfig = Callable[..., Path]
 LENGTHS_N = torch.randint(1, 100, (1003,), generator=torch.Generator().manual_seed(0))
@@ -72,6 +73,7 @@ def test_a_stream_begins_again_and_can_be_gone_on_with() -> None:
 @pytest.mark.parametrize("kind", ["stream", "grouped"])
 def test_a_run_goes_on_where_it_was(kind: str, toys: Toys, write_config: WriteConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 16, "epochs": 2, "save_every_n_steps": 5}
+    settings["seed"] = None  # drawn, and saved
     if kind == "stream":
         settings |= {"dataset.streaming": True, "shuffle_buffer_size": 4}
         settings |= {
@@ -82,9 +84,10 @@ def test_a_run_goes_on_where_it_was(kind: str, toys: Toys, write_config: WriteCo
         settings["group_by_length"] = True
     config = write_config(tmp_path, **settings)
     unbroken = distill(config, f"output_dir={tmp_path / 'unbroken'}")
+    config = save_config(OmegaConf.load(config), config, seed=unbroken._seed)
     with pytest.raises(Interrupted):
         distill(config, "metric_logger._component_=toy.InterruptingLogger", "metric_logger.stop_at=14")
-    resumed = prepare(config, "resume_from_checkpoint=True")
+    resumed = prepare(config, "resume_from_checkpoint=True", "seed=null")
     assert resumed.step in (10, 12)
     resumed.train()
     resumed.cleanup()
@@ -99,6 +102,7 @@ def test_a_run_goes_on_where_it_was(kind: str, toys: Toys, write_config: WriteCo
         ({"dataset.streaming": True, "max_steps": None}, "wanted max_steps alone: dataset is a stream"),
         ({"dataset.streaming": True, "max_steps_per_epoch": 2}, "wanted max_steps alone: dataset is a stream"),
         ({"dataset.streaming": True, "group_by_length": True}, "False with dataset.streaming"),
+        ({"dataset.packed": True, "dataset.streaming": True}, "dataset.packed: got True, wanted False with streaming"),
         ({"dataset.packed": True, "group_by_length": True}, "False with dataset.packed"),
         ({"shuffle": False, "group_by_length": True}, "False with shuffle=False"),
         ({"shuffle_buffer_size": 0}, "rows of a stream"),
