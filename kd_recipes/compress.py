@@ -1,14 +1,15 @@
-"""Drop the blocks of a model that matter least.
+"""Drop the blocks, neurons, heads or channels of a model that matter least.
 
-Measures on calibration text how far each block turns the hidden state, drops the least influential, and writes what
-remains to ``output_dir``: a dense, smaller checkpoint that transformers and torchtune load as it is, and the
-``model:`` section (model.yaml) with which to distil it. Expect it to be poor before that.
+Measures on calibration text what each of them adds, drops those that add least, and writes what remains to
+``output_dir``: a dense, smaller checkpoint that transformers and torchtune load as it is, and the ``model:`` section
+(model.yaml) with which to distil it. Expect it to be poor before that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,9 +25,13 @@ from kd_recipes.batch import IGNORE_INDEX
 from kd_recipes.compression import (
     DepthPruning,
     HFCheckpoint,
+    WidthPruning,
     block_influence,
     choose_blocks,
+    choose_width,
+    collect_moments,
     prune_depth_checkpoint,
+    prune_width_checkpoint,
     read_checkpoint,
 )
 from kd_recipes.config import Key, is_positive
@@ -47,7 +52,12 @@ KEYS = (
     Key("checkpointer", "component", required=True, kwargs=("output_dir",), wanted="where its weights are"),
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1, wanted="calibration text"),
-    Key("method", "component", required=True, wanted="kd_recipes.compression.DepthPruning and its settings"),
+    Key(
+        "method",
+        "component",
+        required=True,
+        wanted="kd_recipes.compression.DepthPruning or WidthPruning",
+    ),
     Key("num_calibration_tokens", "int", default=8192, wanted="a whole number above 0", check=is_positive),
     Key(
         "sequence_length", "int", default=512, wanted="longest calibration window in tokens, above 0", check=is_positive
@@ -67,19 +77,45 @@ def main(cfg: DictConfig) -> None:
     source, method, device, tokenizer = _preflight(cfg)
     windows = _calibration_windows(cfg, tokenizer)
     model = _load_model(cfg, tokenizer, device)
-    progress = tqdm(windows, desc="calibrate", unit="window")
-    influence_L = block_influence(model, ((tokens.to(device), valid.to(device)) for tokens, valid in progress))
-    keep = choose_blocks(influence_L, method.num_keep(source.num_layers), protected=method.protected)
-    record = {
-        "block_influence": [round(value, 6) for value in influence_L.tolist()],
-        "num_calibration_tokens": sum(int(valid.sum()) for _, valid in windows),
-    }
-    pruned = prune_depth_checkpoint(source.directory, Path(cfg.output_dir), keep, record=record)
-    print(report(influence_L.tolist(), keep))
+    batches = ((tokens.to(device), valid.to(device)) for tokens, valid in tqdm(windows, "calibrate", unit="window"))
+    num_tokens = sum(int(valid.sum()) for _, valid in windows)
+    prune = _prune_depth if isinstance(method, DepthPruning) else _prune_width
+    pruned = prune(source, Path(cfg.output_dir), model, batches, method, {"num_calibration_tokens": num_tokens})
     print(_summary(source, pruned))
 
 
-def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning, torch.device, Any]:
+def _prune_depth(
+    source: HFCheckpoint,
+    output_dir: Path,
+    model: TransformerDecoder,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    method: Any,
+    record: dict[str, Any],
+) -> HFCheckpoint:
+    influence = block_influence(model, batches).tolist()
+    keep = choose_blocks(influence, method.num_keep(source.num_layers), protected=method.protected)
+    print(report(influence, keep))
+    record = {"block_influence": [round(value, 6) for value in influence], **record}
+    return prune_depth_checkpoint(source.directory, output_dir, keep, record=record)
+
+
+def _prune_width(
+    source: HFCheckpoint,
+    output_dir: Path,
+    model: TransformerDecoder,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    method: Any,
+    record: dict[str, Any],
+) -> HFCheckpoint:
+    kept = choose_width(model, collect_moments(model, batches), method)
+    lists = {"kept_neurons": kept.neurons_LK, "kept_kv_heads": kept.groups_LK}
+    record = {"source": str(source.directory), "method": asdict(method), **record}
+    record |= {name: [indices.tolist() for indices in kept_L] for name, kept_L in lists.items()}
+    record["kept_channels"] = kept.channels_K.tolist()
+    return prune_width_checkpoint(source, output_dir, kept, record=record)
+
+
+def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning | WidthPruning, torch.device, Any]:
     """What can be wrong before text and weights are loaded, all of it together."""
     source, method, device, tokenizer, _ = gather(
         lambda: read_checkpoint(Path(cfg.checkpointer.checkpoint_dir)),
@@ -88,14 +124,20 @@ def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning, torch.devic
         lambda: build("tokenizer", cfg.tokenizer),
         lambda: require_vacant(Path(cfg.output_dir)),
     )
-    method.num_keep(source.num_layers)
+    if isinstance(method, DepthPruning):
+        method.num_keep(source.num_layers)
+    else:
+        heads = source.config["num_attention_heads"]
+        num_kv_heads = source.config.get("num_key_value_heads") or heads
+        method.sizes(source.config["intermediate_size"], num_kv_heads, source.config["hidden_size"])
     return source, method, device, tokenizer
 
 
-def _method(section: DictConfig) -> DepthPruning:
+def _method(section: DictConfig) -> DepthPruning | WidthPruning:
     method = build("method", section)
-    if not isinstance(method, DepthPruning):
-        raise ConfigError(Problem("method._component_", section._component_, "kd_recipes.compression.DepthPruning"))
+    if not isinstance(method, (DepthPruning, WidthPruning)):
+        wanted = "kd_recipes.compression.DepthPruning or WidthPruning"
+        raise ConfigError(Problem("method._component_", section._component_, wanted))
     return method
 
 
@@ -163,8 +205,15 @@ def report(influence: Sequence[float], keep: Sequence[int]) -> str:
 
 def _summary(source: HFCheckpoint, pruned: HFCheckpoint) -> str:
     before, after = (sum(math.prod(spec.shape) for spec in checkpoint.specs) for checkpoint in (source, pruned))
-    text = (
-        f"\nBlocks:     {source.num_layers} -> {pruned.num_layers}\n"
+    sizes = {"Blocks": "num_hidden_layers", "Channels": "hidden_size", "Neurons": "intermediate_size"}
+    sizes |= {"Heads": "num_attention_heads", "KV heads": "num_key_value_heads"}
+    changes = {
+        label: (source.config[name], pruned.config[name])
+        for label, name in sizes.items()
+        if source.config.get(name) != pruned.config.get(name)
+    }
+    text = "\n" + "".join(f"{label + ':':11} {old} -> {new}\n" for label, (old, new) in changes.items())
+    text += (
         f"Parameters: {before:,} -> {after:,} ({after / before:.0%})\n"
         f"Wrote {pruned.directory}, which transformers loads as it is. "
     )

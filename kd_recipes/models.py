@@ -8,11 +8,13 @@ builder with that factor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, get_args
 
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 
+from kd_recipes._torchtune.decoder import Adapters, Rope, build_decoder
 from kd_recipes.errors import ConfigError, Problem
 
 # What torchtune's llama3_2 builder has no argument for.
@@ -126,6 +128,83 @@ def lora_llama(
     )
 
 
+def decoder(
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    attn_bias: bool = False,
+    attn_dropout: float = 0.0,
+    rope: Rope = "llama",
+    rope_base: int = 10_000,
+    rope_scale_factor: int = 1,
+    norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = True,
+) -> TransformerDecoder:
+    """A Llama or Qwen2 with heads of any width: what pruning heads or channels leaves.
+
+    Args:
+        vocab_size: rows of the embedding.
+        num_layers: blocks.
+        num_heads: query heads.
+        num_kv_heads: key-value heads, a divisor of ``num_heads``.
+        head_dim: width of a head; need not be ``embed_dim / num_heads``.
+        embed_dim: width of the residual stream.
+        intermediate_dim: width of the feed-forward layers.
+        max_seq_len: longest sequence, in tokens.
+        attn_bias: whether query, key and value projections have biases, as Qwen2's have.
+        attn_dropout: dropout of the attention weights.
+        rope: which pairs of a head's channels are rotated together: ``llama`` or ``qwen2``.
+        rope_base: base of the rotary frequencies.
+        rope_scale_factor: of Llama 3's scaling; 1 for none.
+        norm_eps: epsilon of the RMS norms.
+        tie_word_embeddings: whether the output head is the embedding.
+
+    Raises:
+        ConfigError: heads that do not divide by key-value heads, or another ``rope``.
+    """
+    return build_decoder(**_checked(locals()), adapters=Adapters((), False, False, {}))
+
+
+def lora_decoder(
+    lora_attn_modules: Sequence[str],
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    **sizes: Any,
+) -> TransformerDecoder:
+    """:func:`decoder` with low-rank adapters; the arguments of both it and :func:`lora_llama`.
+
+    Raises:
+        ConfigError: as :func:`decoder`; or ``apply_lora_to_output`` or ``quantize_base`` is set.
+    """
+    for name, value in {"apply_lora_to_output": apply_lora_to_output, "quantize_base": quantize_base}.items():
+        if value:
+            raise ConfigError(Problem(f"model.{name}", True, "False for a pruned model"))
+    defaults = {name: p.default for name, p in signature(decoder).parameters.items() if p.default is not p.empty}
+    settings = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
+    adapters = Adapters(lora_attn_modules, apply_lora_to_mlp, use_dora, settings)
+    return build_decoder(**_checked({**defaults, **sizes}), adapters=adapters)
+
+
+def _checked(sizes: dict[str, Any]) -> dict[str, Any]:
+    if sizes["num_heads"] % sizes["num_kv_heads"]:
+        wanted = f"a divisor of num_heads={sizes['num_heads']}"
+        raise ConfigError(Problem("model.num_kv_heads", sizes["num_kv_heads"], wanted))
+    if sizes["rope"] not in get_args(Rope):
+        raise ConfigError(Problem("model.rope", sizes["rope"], f"one of {', '.join(get_args(Rope))}"))
+    return sizes
+
+
 def model_section(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``model:`` section of a torchtune config that builds the model of a Hugging Face checkpoint.
 
@@ -154,6 +233,12 @@ def model_section(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": hf_config.get("rms_norm_eps", 1e-6),  # transformers' default for both; the builders' is 1e-5
         "tie_word_embeddings": bool(hf_config.get("tie_word_embeddings", False)),
     }
+    head_dim = hf_config.get("head_dim")
+    if head_dim and head_dim * arguments["num_heads"] != arguments["embed_dim"]:
+        is_qwen2 = hf_config["model_type"] == "qwen2"
+        arguments |= {"head_dim": head_dim, "attn_bias": is_qwen2, "rope": "qwen2" if is_qwen2 else "llama"}
+        arguments["rope_scale_factor"] = _whole(rope["factor"]) if rope["rope_type"] == "llama3" else 1
+        return {"_component_": "kd_recipes.models.decoder", **arguments}
     if hf_config["model_type"] == "qwen2":
         return {"_component_": "torchtune.models.qwen2.qwen2", **arguments}
     if rope["rope_type"] == "llama3":
@@ -193,8 +278,7 @@ def _unsupported(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[
     model_type = hf_config.get("model_type")
     if model_type not in ("llama", "qwen2"):
         return [Problem("config.json: model_type", model_type, "llama or qwen2", "Write the model section by hand.")]
-    head_dim = hf_config["hidden_size"] // hf_config["num_attention_heads"]
-    wanted: dict[str, Any] = {"head_dim": head_dim, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    wanted: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     wanted |= {"use_sliding_window": False}
     found = {name: hf_config.get(name) for name in wanted}
     rope_types = ("default", "llama3") if model_type == "llama" else ("default",)

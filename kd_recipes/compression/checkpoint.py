@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from kd_recipes.storage import (
 
 MAX_FILE_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
+_RECORD = "pruning.json"
 _BLOCK = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 _PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")  # in config.json: an entry for each block
 _COMPANIONS = (
@@ -93,6 +94,63 @@ def read_checkpoint(directory: Path) -> HFCheckpoint:
     return checkpoint
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of a tensor.
+
+    Args:
+        spec: in the new checkpoint.
+        apply: from the tensor to the new one, of the same dtype; None copies it.
+    """
+
+    spec: TensorSpec
+    apply: Callable[[Tensor], Tensor] | None = None
+
+
+def rewrite_checkpoint(
+    source: HFCheckpoint,
+    destination_dir: Path,
+    config: Mapping[str, Any],
+    edit: Callable[[TensorSpec], Edit | None],
+    *,
+    record: Mapping[str, object],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> HFCheckpoint:
+    """Write a checkpoint with other tensors; what is only copied is the same bit for bit.
+
+    The result is whole or absent. Beside the weights it holds config.json, the source's tokenizer, chat template and
+    generation settings, ``pruning.json`` (what was done), and ``model.yaml`` (the ``model:`` section of a torchtune
+    config, where there is a builder for the model).
+
+    Args:
+        source: a checkpoint.
+        destination_dir: the directory to make.
+        config: the new config.json.
+        edit: what becomes of a tensor; None leaves it out.
+        record: what ``pruning.json`` says; what the source's says comes before it.
+        max_file_bytes: weights of less than this go into one file; others into one a file of the source.
+
+    Returns:
+        The checkpoint written.
+
+    Raises:
+        ConfigError: the disk is full.
+    """
+    edits = {spec.name: made for spec in source.specs if (made := edit(spec)) is not None}
+    num_bytes = sum(made.spec.num_bytes for made in edits.values())
+    require_free_space(destination_dir, num_bytes, key="output_dir")
+    before = source.directory / _RECORD
+    lineage = [*(_read_json(before)["steps"] if before.is_file() else []), record]
+    with atomic_directory(destination_dir) as directory:
+        _write_weights(source, directory, edits, is_sharded=num_bytes >= max_file_bytes)
+        write_json(directory / "config.json", config)
+        write_json(directory / _RECORD, {"steps": lineage})
+        _copy_companions(source.directory, directory)
+        with suppress(ConfigError):  # there may be no builder to name; transformers loads it all the same
+            OmegaConf.save({"model": model_section(config)}, directory / "model.yaml")
+    return read_checkpoint(destination_dir)
+
+
 def prune_depth_checkpoint(
     source_dir: Path,
     destination_dir: Path,
@@ -103,16 +161,12 @@ def prune_depth_checkpoint(
 ) -> HFCheckpoint:
     """Write a checkpoint that has only some blocks of another; everything else in it is the same, bit for bit.
 
-    The result is whole or absent. Beside the weights it holds a matching config.json, the source's tokenizer, chat
-    template and generation settings, ``pruning.json`` (what was done), and ``model.yaml`` (the ``model:`` section
-    of a torchtune config, where torchtune has a builder for the model).
-
     Args:
         source_dir: a Hugging Face directory with safetensors.
-        destination_dir: the directory to make.
+        destination_dir: the directory to make; see :func:`rewrite_checkpoint`.
         keep: blocks to keep, ascending; they are numbered anew.
         record: what else ``pruning.json`` should say.
-        max_file_bytes: weights of less than this go into one file; others into one a file of the source.
+        max_file_bytes: as in :func:`rewrite_checkpoint`.
 
     Returns:
         The checkpoint written.
@@ -124,19 +178,16 @@ def prune_depth_checkpoint(
     source = read_checkpoint(source_dir)
     if not keep or sorted(set(keep) & set(range(source.num_layers))) != list(keep):
         raise ConfigError(Problem("keep", list(keep), f"ascending indices of {source.num_layers} blocks"))
-    renamed = {spec.name: name for spec in source.specs if (name := _pruned_name(spec.name, keep)) is not None}
-    num_bytes = sum(spec.num_bytes for spec in source.specs if spec.name in renamed)
-    require_free_space(destination_dir, num_bytes, key="output_dir")
-    config = pruned_config(source.config, keep)
+
+    def edit(spec: TensorSpec) -> Edit | None:
+        name = _pruned_name(spec.name, keep)
+        return None if name is None else Edit(replace(spec, name=name))
+
     summary = {"source": str(source_dir), "num_blocks": source.num_layers, "kept_blocks": list(keep)}
-    with atomic_directory(destination_dir) as directory:
-        _write_weights(source, directory, renamed, is_sharded=num_bytes >= max_file_bytes)
-        write_json(directory / "config.json", config)
-        write_json(directory / "pruning.json", {**summary, **(record or {})})
-        _copy_companions(source_dir, directory)
-        with suppress(ConfigError):  # torchtune may have no builder to name; transformers loads it all the same
-            OmegaConf.save({"model": model_section(config)}, directory / "model.yaml")
-    return read_checkpoint(destination_dir)
+    config = pruned_config(source.config, keep)
+    return rewrite_checkpoint(
+        source, destination_dir, config, edit, record={**summary, **(record or {})}, max_file_bytes=max_file_bytes
+    )
 
 
 def pruned_config(config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
@@ -159,34 +210,38 @@ def _pruned_name(name: str, keep: Sequence[int]) -> str | None:
     return f"{match[1]}{keep.index(index)}{match[3]}" if index in keep else None
 
 
-def _write_weights(source: HFCheckpoint, directory: Path, renamed: Mapping[str, str], *, is_sharded: bool) -> None:
-    kept = {file: [spec for spec in specs if spec.name in renamed] for file, specs in source.shards.items()}
+def _write_weights(source: HFCheckpoint, directory: Path, edits: Mapping[str, Edit], *, is_sharded: bool) -> None:
+    kept = {file: [spec for spec in specs if spec.name in edits] for file, specs in source.shards.items()}
     files = [[(file, spec) for spec in specs] for file, specs in kept.items() if specs]
     if not is_sharded:
-        _write_file(source, directory / "model.safetensors", [pair for file in files for pair in file], renamed)
+        _write_file(source, directory / "model.safetensors", [pair for file in files for pair in file], edits)
         return
     weight_map: dict[str, str] = {}
     for number, pairs in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(source, directory / name, pairs, renamed)
-        weight_map |= {renamed[spec.name]: name for _, spec in pairs}
-    total_size = sum(spec.num_bytes for pairs in files for _, spec in pairs)
+        _write_file(source, directory / name, pairs, edits)
+        weight_map |= {edits[spec.name].spec.name: name for _, spec in pairs}
+    total_size = sum(edits[spec.name].spec.num_bytes for pairs in files for _, spec in pairs)
     write_json(directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def _write_file(
-    source: HFCheckpoint, path: Path, pairs: Sequence[tuple[str, TensorSpec]], renamed: Mapping[str, str]
+    source: HFCheckpoint, path: Path, pairs: Sequence[tuple[str, TensorSpec]], edits: Mapping[str, Edit]
 ) -> None:
     """Write one file of (source file, tensor) pairs."""
     pairs = sorted(pairs, key=lambda pair: -pair[1].dtype.itemsize)  # write_safetensors aligns wider dtypes first
-    specs = [replace(spec, name=renamed[spec.name]) for _, spec in pairs]
-    write_safetensors(path, specs, _read_tensors(source.directory, pairs))
+    specs = [edits[spec.name].spec for _, spec in pairs]
+    write_safetensors(path, specs, _edited_tensors(source.directory, pairs, edits))
 
 
-def _read_tensors(directory: Path, pairs: Sequence[tuple[str, TensorSpec]]) -> Iterator[Tensor]:
+def _edited_tensors(
+    directory: Path, pairs: Sequence[tuple[str, TensorSpec]], edits: Mapping[str, Edit]
+) -> Iterator[Tensor]:
     for file, spec in pairs:
+        apply = edits[spec.name].apply
         with safe_open(directory / file, framework="pt") as tensors:
-            yield tensors.get_tensor(spec.name)
+            tensor = tensors.get_tensor(spec.name)
+            yield tensor if apply is None else apply(tensor).to(spec.dtype).contiguous()
 
 
 def _copy_companions(source: Path, destination: Path) -> None:
