@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -103,6 +104,28 @@ def test_a_run_goes_on_with_another_number_of_processes(
     _assert_close(resumed, whole, 1e-4)  # Adam divides rounding errors by gradients that are as small
 
 
+def _run_on_two(script: str, config: Path) -> str:
+    """What a script beside this file prints, started once by torchrun in two processes."""
+    path = Path(__file__).with_name(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(path), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_traffic_is_what_the_cost_model_says(reshard: bool, write_config: WriteConfig, tmp_path: Path) -> None:
+    """docs/scaling.md, in float32."""
+    config = write_config(tmp_path, max_steps=4, fsdp_reshard_after_forward=reshard)
+    lines = _run_on_two("count_traffic.py", config).splitlines()
+    counted = json.loads(next(line for line in lines if line.startswith("{")))
+    student, teacher = counted["student"], counted["teacher"]
+    gathered = teacher["blocks"] + student["root"] + (2 if reshard else 1) * student["blocks"]
+    assert counted["gathered"] == 4 * (4 * gathered + teacher["root"])  # the teacher's root stays whole
+    assert counted["reduced"] == 4 * 4 * (student["root"] + student["blocks"])
+
+
 def _loader(num_samples: int, batch_size: int, rank: int, world_size: int, *, shuffle: bool) -> Loader:
     dataset = [{"tokens": [i, i, i], "labels": [i, i, i]} for i in range(num_samples)]
     settings: dict[str, Any] = {"packed": False, "padding_idx": 0, "max_seq_len": 9}
@@ -194,11 +217,7 @@ def test_two_processes_interrupted_at_every_step(toys: Toys, write_config: Write
     held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
     settings = {"max_steps": 20, "epochs": 4, "save_every_n_steps": 7, "eval_every_n_steps": 5, "batch_size": 2}
     config = write_config(tmp_path, **settings, eval_dataset=held_out, **{"model.attn_dropout": 0.1})
-    script = Path(__file__).with_name("interrupt_every_step.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    _run_on_two("interrupt_every_step.py", config)
     unbroken = tmp_path / "unbroken"
     for at in range(1, 21):
         run = tmp_path / f"run{at}"
