@@ -202,7 +202,7 @@ def choose_width(model: TransformerDecoder, moments: Moments, method: WidthPruni
             ]
         )
         groups_K = _largest(added_G, num_kept_groups)
-        columns_K = (groups_K[:, None] * width + torch.arange(width)).flatten()
+        columns_K = of_groups(groups_K, width)
         kept.neurons_LK.append(chosen_K)
         kept.groups_LK.append(groups_K)
         kept.down_LDK.append(_refit(down_DF, neurons_FF, chosen_K, method.refit))
@@ -211,6 +211,11 @@ def choose_width(model: TransformerDecoder, moments: Moments, method: WidthPruni
     channels_K = _largest(shares_D, num_channels)
     factors = [float((entering_D[channels_K].mean() / entering_D.mean()).sqrt()) for entering_D in moments.entering_D]
     return Kept(kept.neurons_LK, kept.groups_LK, channels_K, kept.down_LDK, kept.output_LDK, factors)
+
+
+def of_groups(groups_K: Tensor, width: int) -> Tensor:
+    """Indices of all that belongs to some groups, where each group is so many in a row."""
+    return (groups_K[:, None] * width + torch.arange(width)).flatten()
 
 
 def _largest(values: Tensor, number: int) -> Tensor:

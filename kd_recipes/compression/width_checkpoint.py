@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.compression.checkpoint import Edit, HFCheckpoint, rewrite_checkpoint
-from kd_recipes.compression.width import Kept
+from kd_recipes.compression.width import Kept, of_groups
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.storage import TensorSpec
 
@@ -71,13 +71,13 @@ class _Editor:
         if name in _NORMS:
             factor = self._kept.norm_factors[2 * block + _NORMS.index(name)]
             return lambda weight: weight[channels] * factor
-        neurons = self._kept.neurons_LK[block]
+        neurons, groups = self._kept.neurons_LK[block], self._kept.groups_LK[block]
         rows = {
             "gate_proj": neurons,
             "up_proj": neurons,
-            "q_proj": self._rows(block, self._heads_per_group * self._head_dim),
-            "k_proj": self._rows(block, self._head_dim),
-            "v_proj": self._rows(block, self._head_dim),
+            "q_proj": of_groups(groups, self._heads_per_group * self._head_dim),
+            "k_proj": of_groups(groups, self._head_dim),
+            "v_proj": of_groups(groups, self._head_dim),
         }
         fitted = {"down_proj": self._kept.down_LDK[block], "o_proj": self._kept.output_LDK[block]}
         if name in rows:
@@ -86,6 +86,3 @@ class _Editor:
             new = fitted[name]
             return lambda weight: (weight if new is None else new.to(weight.device))[channels]
         return None
-
-    def _rows(self, block: int, width: int) -> Tensor:
-        return (self._kept.groups_LK[block][:, None] * width + torch.arange(width)).flatten()

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.storage import atomic_directory, damage, describe_files, explain_disk_errors, write_manifest
 from kd_recipes.training.parallel import Parallel
-from kd_recipes.training.sharded import Staging, is_writable, write_tensors
+from kd_recipes.training.sharded import Staging, is_writable, local_part, write_tensors
 
 CONFIG = "run.yaml"
 _STATE = "state.pt"
@@ -240,8 +239,7 @@ def _is_own(value: Any, storages: set[int]) -> bool:
     """Whether a value is a tensor that can be written by itself: some optimizers share one among all parameters."""
     if not isinstance(value, Tensor) or not is_writable(value):
         return False
-    local = value.to_local() if isinstance(value, DTensor) else value
-    storage = local.untyped_storage().data_ptr()
+    storage = local_part(value).untyped_storage().data_ptr()
     is_own = storage == 0 or storage not in storages
     storages.add(storage)
     return is_own

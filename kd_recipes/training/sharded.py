@@ -43,9 +43,14 @@ class Staging:
         return self._stager.stage(dict(tensors))  # type: ignore[return-value]
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_writable(tensor: Tensor) -> bool:
     """Whether safetensors takes a tensor: quantized optimizers keep tensors of their own kinds."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return type(local.data) is Tensor and local.is_contiguous()
 
 
@@ -59,8 +64,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: dist.Pr
         Exception: the file system's, of whichever process it refused.
     """
     writer = HuggingFaceStorageWriter(str(directory), _file_numbers(tensors), save_distributed=True)
-    with _own_error(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with _collective():
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         save(detached, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank(group)
@@ -97,18 +101,22 @@ def read_tensors(directory: Path, into: Mapping[str, Tensor], group: dist.Proces
     for name, tensor in into.items():
         if shapes[name][0] != tensor.shape:
             raise ValueError(f"{name}: {list(shapes[name][0])} in the checkpoint, {list(tensor.shape)} here")
-    with _own_error(), warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with _collective(), torch.no_grad():
         reader = HuggingFaceStorageReader(str(directory))
         detached = {name: tensor.detach() for name, tensor in into.items()}
         load(detached, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _own_error() -> Iterator[None]:
-    """Turn torch's error about some processes, which is not an ``Exception``, into that of the first of them."""
+def _collective() -> Iterator[None]:
+    """Turn torch's error about some processes, which is not an ``Exception``, into that of the first of them.
+
+    And let it do without processes, where there is one, in silence.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
     except CheckpointException as error:
         rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
         first.add_note(f"in process {rank}")
