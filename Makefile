@@ -36,8 +36,9 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: quickstart  ## compare objectives by their students, and loss and training step with other implementations
+bench: quickstart  ## compare objectives and ways to compress by their students, loss and training step with others (hours)
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
+	$(BIN)/python tests/benchmarks/compression.py
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python tests/benchmarks/loss_stage.py
 	$(BIN)/python tests/benchmarks/training_step.py

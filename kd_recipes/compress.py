@@ -1,64 +1,49 @@
-"""Drop the blocks, neurons, heads or channels of a model that matter least.
+"""Make a checkpoint smaller: prune, decompose, sparsify and quantize it, one step after another.
 
-Measures on calibration text what each of them adds, drops those that add least, and writes what remains to
-``output_dir``: a dense, smaller checkpoint that transformers and torchtune load as it is, and the ``model:`` section
-(model.yaml) with which to distil it. Expect it to be poor before that.
+Each step goes by what the model does on calibration text. What is left is written to ``output_dir``, with its lineage
+(compression.json) and the sections of a config with which to distil it (model.yaml). Expect it to be poor before that.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from torchtune.modules import TransformerDecoder
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from kd_recipes import _torchtune
 from kd_recipes.batch import IGNORE_INDEX
-from kd_recipes.compression import (
-    DepthPruning,
-    HFCheckpoint,
-    WidthPruning,
-    block_influence,
-    choose_blocks,
-    choose_width,
-    collect_moments,
-    prune_depth_checkpoint,
-    prune_width_checkpoint,
-    read_checkpoint,
-)
+from kd_recipes.compression import Form, HFCheckpoint, Step, Text, cross_entropy, form_of, read_checkpoint
+from kd_recipes.compression.checkpoint import add_figures
 from kd_recipes.config import Key, is_positive
-from kd_recipes.errors import ConfigError, Problem, gather
-from kd_recipes.parts import build, build_model, find_device, load_model
-from kd_recipes.storage import require_vacant
+from kd_recipes.errors import ConfigError, Problem, gather, within
+from kd_recipes.parts import build, find_device
+from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
 from kd_recipes.training.data import build_dataset
 from kd_recipes.training.precision import is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer
 
-_BAR_WIDTH = 24
-
-
 KEYS = (
     Key("recipe", "str", wanted="`compress`"),
     Key("output_dir", "path", required=True, wanted="a new or empty directory for the smaller checkpoint"),
-    Key("model", "component", required=True, wanted="the model to make smaller"),
-    Key("checkpointer", "component", required=True, kwargs=("output_dir",), wanted="where its weights are"),
+    Key("checkpoint_dir", "path", required=True, wanted="the Hugging Face directory of the model to make smaller"),
+    Key("compress", "components", required=True, wanted="a step of kd_recipes.compression, or a list of them"),
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1, wanted="calibration text"),
-    Key(
-        "method",
-        "component",
-        required=True,
-        wanted="kd_recipes.compression.DepthPruning or WidthPruning",
-    ),
     Key("num_calibration_tokens", "int", default=8192, wanted="a whole number above 0", check=is_positive),
+    Key(
+        "num_held_out_tokens",
+        "int",
+        default=2048,
+        wanted="of other text, for the figures before and after, above 0",
+        check=is_positive,
+    ),
     Key(
         "sequence_length", "int", default=512, wanted="longest calibration window in tokens, above 0", check=is_positive
     ),
@@ -69,92 +54,93 @@ KEYS = (
 
 
 def main(cfg: DictConfig) -> None:
-    """Prune the model that ``cfg`` describes into ``cfg.output_dir``, and print what was done.
+    """Compress the checkpoint that ``cfg`` names into ``cfg.output_dir``, and print what was done.
 
     Raises:
         ConfigError: what is wrong with the config and the files that it names; nothing has been written then.
     """
-    source, method, device, tokenizer = _preflight(cfg)
-    windows = _calibration_windows(cfg, tokenizer)
-    model = _load_model(cfg, tokenizer, device)
-    batches = ((tokens.to(device), valid.to(device)) for tokens, valid in tqdm(windows, "calibrate", unit="window"))
-    num_tokens = sum(int(valid.sum()) for _, valid in windows)
-    prune = _prune_depth if isinstance(method, DepthPruning) else _prune_width
-    pruned = prune(source, Path(cfg.output_dir), model, batches, method, {"num_calibration_tokens": num_tokens})
-    print(_summary(source, pruned))
-
-
-def _prune_depth(
-    source: HFCheckpoint,
-    output_dir: Path,
-    model: TransformerDecoder,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    method: Any,
-    record: dict[str, Any],
-) -> HFCheckpoint:
-    influence = block_influence(model, batches).tolist()
-    keep = choose_blocks(influence, method.num_keep(source.num_layers), protected=method.protected)
-    print(report(influence, keep))
-    record = {"block_influence": [round(value, 6) for value in influence], **record}
-    return prune_depth_checkpoint(source.directory, output_dir, keep, record=record)
-
-
-def _prune_width(
-    source: HFCheckpoint,
-    output_dir: Path,
-    model: TransformerDecoder,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    method: Any,
-    record: dict[str, Any],
-) -> HFCheckpoint:
-    kept = choose_width(model, collect_moments(model, batches), method)
-    lists = {"kept_neurons": kept.neurons_LK, "kept_kv_heads": kept.groups_LK}
-    record = {"source": str(source.directory), "method": asdict(method), **record}
-    record |= {name: [indices.tolist() for indices in kept_L] for name, kept_L in lists.items()}
-    record["kept_channels"] = kept.channels_K.tolist()
-    return prune_width_checkpoint(source, output_dir, kept, record=record)
-
-
-def _preflight(cfg: DictConfig) -> tuple[HFCheckpoint, DepthPruning | WidthPruning, torch.device, Any]:
-    """What can be wrong before text and weights are loaded, all of it together."""
-    source, method, device, tokenizer, _ = gather(
-        lambda: read_checkpoint(Path(cfg.checkpointer.checkpoint_dir)),
-        lambda: _method(cfg.method),
+    source, device, tokenizer, steps = gather(
+        lambda: read_checkpoint(Path(cfg.checkpoint_dir)),
         lambda: find_device("device", cfg.device),
         lambda: build("tokenizer", cfg.tokenizer),
+        lambda: _build_steps(cfg),
         lambda: require_vacant(Path(cfg.output_dir)),
-    )
-    if isinstance(method, DepthPruning):
-        method.num_keep(source.num_layers)
-    else:
-        heads = source.config["num_attention_heads"]
-        num_kv_heads = source.config.get("num_key_value_heads") or heads
-        method.sizes(source.config["intermediate_size"], num_kv_heads, source.config["hidden_size"])
-    return source, method, device, tokenizer
+    )[:4]
+    _check_model(cfg, source, tokenizer)
+    _check_steps(cfg, steps, form_of(source))
+    windows = _windows(cfg, tokenizer)
+    dtype = resolve_dtype(cfg.dtype, device)
+    calibration, held_out = (Text(part, device, dtype) for part in windows)
+    with explain_disk_errors(Path(cfg.output_dir)):
+        before = cross_entropy(source, held_out, what="before")
+        written = _apply(cfg, source, steps, calibration)
+        after = cross_entropy(written, held_out, what="after")
+        figures = {
+            "num_calibration_tokens": calibration.num_tokens,
+            "num_held_out_tokens": held_out.num_tokens,
+            "perplexity_before": math.exp(before),
+            "perplexity_after": math.exp(min(after, 700)),  # e^710 is none
+        }
+        add_figures(written.directory, figures)
+    print(_summary(source, written, figures))
 
 
-def _method(section: DictConfig) -> DepthPruning | WidthPruning:
-    method = build("method", section)
-    if not isinstance(method, (DepthPruning, WidthPruning)):
-        wanted = "kd_recipes.compression.DepthPruning or WidthPruning"
-        raise ConfigError(Problem("method._component_", section._component_, wanted))
-    return method
+def _sections(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The steps' sections, by the key of each."""
+    if isinstance(cfg.compress, ListConfig):
+        return {f"compress[{index}]": section for index, section in enumerate(cfg.compress)}
+    return {"compress": cfg.compress}
 
 
-def _calibration_windows(cfg: DictConfig, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:
+def _build_steps(cfg: DictConfig) -> list[Step]:
+    def one(key: str, section: DictConfig) -> Step:
+        step = within(key, partial(build, key, section))
+        if not isinstance(step, Step):
+            wanted = "a step of kd_recipes.compression, such as DepthPruning or Quantization"
+            raise ConfigError(Problem(f"{key}._component_", section._component_, wanted))
+        return step
+
+    return gather(*(partial(one, key, section) for key, section in _sections(cfg).items()))
+
+
+def _check_steps(cfg: DictConfig, steps: Sequence[Step], form: Form) -> None:
+    """Each against what the ones before it leave."""
+    for key, step in zip(_sections(cfg), steps, strict=True):
+        form = within(key, partial(step.check, form))
+
+
+def _check_model(cfg: DictConfig, source: HFCheckpoint, tokenizer: Any) -> None:
+    config = source.config
+    max_seq_len = int(config.get("max_position_embeddings", 0))
+    check_tokenizer(tokenizer, int(config["vocab_size"]), max_seq_len, model="checkpoint_dir")
+    if cfg.sequence_length > max_seq_len:
+        wanted = f"at most {max_seq_len}, the model's max_position_embeddings"
+        raise ConfigError(Problem("sequence_length", cfg.sequence_length, wanted))
+
+
+def _windows(cfg: DictConfig, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Of the text to go by, and of other text, to judge by; they share no sample but where one is cut in two."""
     dataset, _ = build_dataset(cfg.dataset, tokenizer, "dataset")
-    windows = calibration_windows(
-        dataset, num_tokens=cfg.num_calibration_tokens, sequence_length=cfg.sequence_length, seed=cfg.seed
-    )
+    asked = cfg.num_calibration_tokens + cfg.num_held_out_tokens
+    windows = calibration_windows(dataset, num_tokens=asked, sequence_length=cfg.sequence_length, seed=cfg.seed)
     num_tokens = sum(tokens.numel() for tokens, _ in windows)
-    if num_tokens < cfg.num_calibration_tokens:
-        print(f"The data set has only {num_tokens} of num_calibration_tokens={cfg.num_calibration_tokens}.")
-    return windows
+    if num_tokens < asked:
+        print(f"The data set has only {num_tokens} of the {asked} tokens asked for; all of them are shared out.")
+    held_out: list[Any] = []
+    wanted = num_tokens * cfg.num_held_out_tokens // asked
+    while len(windows) > 1 and sum(tokens.numel() for tokens, _ in held_out) < wanted:
+        held_out.append(windows.pop())
+    if not held_out or not any(bool(valid[:, 1:].any()) for _, valid in held_out):
+        remedy = "Take more text, or a shorter sequence_length"
+        raise ConfigError(
+            Problem("dataset", f"{num_tokens} tokens", "calibration text, and other text to judge by", remedy)
+        )
+    return windows, held_out
 
 
 def calibration_windows(
     dataset: Any, *, num_tokens: int, sequence_length: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Samples in random order, each cut into windows; never two in one, since no text has such a seam.
 
     Args:
@@ -166,7 +152,7 @@ def calibration_windows(
     Returns:
         For each window its ids and which of them are not masked, both ``[1, S]``.
     """
-    windows: list[tuple[Tensor, Tensor]] = []
+    windows: list[tuple[torch.Tensor, torch.Tensor]] = []
     missing = num_tokens
     for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
         sample = dataset[index]
@@ -179,45 +165,51 @@ def calibration_windows(
     return windows
 
 
-def _load_model(cfg: DictConfig, tokenizer: Any, device: torch.device) -> TransformerDecoder:
-    size = _torchtune.model_size(build_model("model", cfg.model, dtype=torch.bfloat16, device=torch.device("meta")))
-    check_tokenizer(tokenizer, size.num_rows, size.max_seq_len)
-    if cfg.sequence_length > size.max_seq_len:
-        wanted = f"at most {size.max_seq_len}, the model's max_seq_len"
-        raise ConfigError(Problem("sequence_length", cfg.sequence_length, wanted))
-    dtype = resolve_dtype(cfg.dtype, device)
-    return load_model("model", cfg.model, cfg.checkpointer, dtype=dtype, device=device).model.eval()
+def _apply(cfg: DictConfig, source: HFCheckpoint, steps: Sequence[Step], text: Text) -> HFCheckpoint:
+    """All steps in order; what lies between two is kept until the last is done, so that a run cut off can go on."""
+    output_dir = Path(cfg.output_dir)
+    place = output_dir.absolute().with_name(f".{output_dir.name}.steps")
+    plan = OmegaConf.to_container(cfg, resolve=True)
+    if place.is_dir() and not _is_of(place, plan):
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "plan.json", plan)
+    for index, step in enumerate(tqdm(steps, "compress", unit="step", disable=len(steps) == 1)):
+        destination = output_dir if index == len(steps) - 1 else place / f"{index:02d}_{type(step).__name__}"
+        if destination != output_dir and destination.is_dir():
+            tqdm.write(f"{type(step).__name__}: done before")
+            source = read_checkpoint(destination)
+        else:
+            source = step.apply(source, destination, text)
+    shutil.rmtree(place)
+    return source
 
 
-def report(influence: Sequence[float], keep: Sequence[int]) -> str:
-    """A table of the blocks: index, influence as a number and a bar, kept or dropped.
-
-    A full bar is three times the median: the first and the last block tower over the rest, whose differences decide.
-    """
-    full = 3 * median(influence) or 1.0
-    lines = ["block  influence"]
-    for index, value in enumerate(influence):
-        length = round(_BAR_WIDTH * value / full)
-        bar = "#" * min(length, _BAR_WIDTH) + (">" if length > _BAR_WIDTH else "")
-        lines.append(f"{index:5}  {value:9.4f}  {bar:{_BAR_WIDTH + 1}}  {'kept' if index in keep else 'dropped'}")
-    return "\n".join(lines)
+def _is_of(place: Path, plan: object) -> bool:
+    try:
+        return bool(json.loads((place / "plan.json").read_text(encoding="utf-8")) == plan)
+    except (OSError, ValueError):
+        return False
 
 
-def _summary(source: HFCheckpoint, pruned: HFCheckpoint) -> str:
-    before, after = (sum(math.prod(spec.shape) for spec in checkpoint.specs) for checkpoint in (source, pruned))
+def _summary(source: HFCheckpoint, written: HFCheckpoint, figures: dict[str, Any]) -> str:
+    before, after = (sum(math.prod(spec.shape) for spec in checkpoint.specs) for checkpoint in (source, written))
     sizes = {"Blocks": "num_hidden_layers", "Channels": "hidden_size", "Neurons": "intermediate_size"}
     sizes |= {"Heads": "num_attention_heads", "KV heads": "num_key_value_heads"}
     changes = {
-        label: (source.config[name], pruned.config[name])
+        label: (source.config[name], written.config[name])
         for label, name in sizes.items()
-        if source.config.get(name) != pruned.config.get(name)
+        if source.config.get(name) != written.config.get(name)
     }
     text = "\n" + "".join(f"{label + ':':11} {old} -> {new}\n" for label, (old, new) in changes.items())
-    text += (
-        f"Parameters: {before:,} -> {after:,} ({after / before:.0%})\n"
-        f"Wrote {pruned.directory}, which transformers loads as it is. "
-    )
-    section = pruned.directory / "model.yaml"
+    if not written.schemes:
+        text += f"Parameters: {before:,} -> {after:,} ({after / before:.0%})\n"
+    text += f"On disk:    {source.num_bytes / 1e6:,.1f} -> {written.num_bytes / 1e6:,.1f} MB\n"
+    text += f"Perplexity: {figures['perplexity_before']:.2f} -> {figures['perplexity_after']:.2f}"
+    text += f" on {figures['num_held_out_tokens']:,} tokens of other text, before it is distilled\n"
+    text += f"Wrote {written.directory}"
+    text += ", which transformers loads as it is. " if written.is_dense else ". "
+    section = written.directory / "model.yaml"
     if not section.is_file():
         return f"{text}torchtune has no builder for it, so no recipe can train it."
     return f"{text}To use it in a recipe (also in model.yaml):\n\n{OmegaConf.to_yaml(OmegaConf.load(section))}"

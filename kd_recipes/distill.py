@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import training
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kd_recipes.batch import Batch
+from kd_recipes.compression import sections
 from kd_recipes.config import without_environment
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
@@ -28,7 +29,7 @@ from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, ch
 from kd_recipes.monitoring.metrics import StepMeter, log
 from kd_recipes.parts import CHECKPOINTERS, Loaded, build, build_callable, build_profiler, load_model
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
-from kd_recipes.students import Student
+from kd_recipes.students import Constraints, Student
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
 from kd_recipes.training.data import Loader, accumulate, build_loader, count_steps, samples_per_step, weigh
@@ -39,6 +40,8 @@ from kd_recipes.training.preflight import asks_teacher, check_models, preflight
 from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import NonFiniteError, Updates, require_finite
+
+_SECTIONS = "model.yaml"  # beside the weights: with which sections of a config they are loaded
 
 __all__ = ["KEYS", "DistillRecipe", "main"]
 
@@ -79,6 +82,7 @@ class DistillRecipe(FTRecipeInterface):
         sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if asks_teacher(cfg) else [])])
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
+        self._constraints = Constraints.build("student_constraints", cfg.student_constraints, cfg)
         self._features = build_feature_terms("feature_losses", cfg.feature_losses)
         self._features.connect(sizes[0], sizes[-1])
         self._features.to(self._device)
@@ -141,6 +145,8 @@ class DistillRecipe(FTRecipeInterface):
             cfg.model,
             loaded.checkpointer,
             export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
+            compute_dtype=self._dtype,
+            schemes=self._constraints.attach(loaded.model),
             taps=self._features.student_taps,
             recompute_activations=cfg.enable_activation_checkpointing,
             offload_activations=cfg.enable_activation_offloading,
@@ -252,7 +258,8 @@ class DistillRecipe(FTRecipeInterface):
             tqdm.write(f"left out: {error}")
             self._updates.drop()
             return
-        self._updates.apply()
+        self._updates.apply(self._constraints.update(self._updates.parameters, self.step, self.num_steps))
+        metrics |= self._constraints.metrics(self._updates.parameters)
         if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
             metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
         if self._parallel.is_main and self._is_due(self._cfg.log_every_n_steps):
@@ -344,6 +351,8 @@ class DistillRecipe(FTRecipeInterface):
     def _write(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         with atomic_directory(self._run.path / name) as directory:
             self.student.export(weights, directory, adapter_only=self._cfg.save_adapter_weights_only)
+            if (directory / _SECTIONS).is_file():  # of where it has been written, or of the student that it was
+                OmegaConf.save(sections(directory, self._run.path / name), directory / _SECTIONS)
             held_out = self._history[self.step].metrics() if self.step in self._history else {}
             write_json(directory / "held_out.json", {"step": self.step, **held_out})
 

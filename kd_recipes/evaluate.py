@@ -6,24 +6,23 @@ evaluation.md to ``output_dir``.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
+from kd_recipes.compression import sections
 from kd_recipes.config import Key, is_positive
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
-from kd_recipes.models import checkpointer_model_type, model_section
 from kd_recipes.parts import build, find_device, load_model
 from kd_recipes.signals import DenseSignal
 from kd_recipes.storage import write_json
@@ -75,7 +74,7 @@ def main(cfg: DictConfig) -> None:
         ConfigError: what is wrong with the config and the files it names.
     """
     device = find_device("device", cfg.device)
-    configs = {str(name): _read_config(str(name), Path(path)) for name, path in cfg.models.items()}
+    configs = {str(name): _read_sections(str(name), Path(path)) for name, path in cfg.models.items()}
     reference = cfg.reference or next(iter(configs))
     if reference not in configs:
         raise ConfigError(Problem("reference", reference, f"one of {', '.join(configs)}"))
@@ -122,7 +121,7 @@ def _text(cfg: DictConfig, tokenizer: Any, device: torch.device) -> list[Batch]:
 def _measure(
     name: str,
     cfg: DictConfig,
-    config: dict[str, Any],
+    sections_of: DictConfig,
     tokenizer: Any,
     text: list[Batch],
     teacher: OnlineTeacher | None,
@@ -130,9 +129,10 @@ def _measure(
 ) -> tuple[OnlineTeacher, Row]:
     """One model's row; without a teacher the model is the reference, and its signals are left in ``signals``."""
     device = torch.device(cfg.device)
-    sections = _sections(cfg.models[name], config)
     dtype = DTYPES[cfg.dtype]
-    decoder = load_model(f"models.{name}", sections.model, sections.checkpointer, dtype=dtype, device=device).model
+    decoder = load_model(
+        f"models.{name}", sections_of.model, sections_of.checkpointer, dtype=dtype, device=device
+    ).model
     check_tokenizer(tokenizer, decoder.tok_embeddings.num_embeddings, decoder.max_seq_len)
     longest = max(batch.tokens_BS.shape[1] for batch in text)
     if longest > decoder.max_seq_len:
@@ -173,36 +173,22 @@ def report(rows: Iterable[Row], reference: str, prompt: str | None) -> str:
     return "\n".join(lines)
 
 
-def _read_config(name: str, directory: Path) -> dict[str, Any]:
+def _read_sections(name: str, directory: Path) -> DictConfig:
+    """The model and its weights, as a recipe's config has them."""
+    wanted = "a Hugging Face checkpoint directory"
+    if not (directory / "config.json").is_file():
+        raise ConfigError(Problem(f"models.{name}", str(directory), wanted))
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        model_section(config)  # an architecture that torchtune cannot build is an error before anything is loaded
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        wanted = "a Hugging Face checkpoint directory"
-        raise ConfigError(Problem(f"models.{name}", str(directory), wanted, str(error))) from error
-    return dict(config)
+        return sections(directory)  # type: ignore[no-any-return]
+    except ConfigError as error:
+        raise ConfigError(*(replace(problem, key=f"models.{name}") for problem in error.problems)) from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(Problem(f"models.{name}", str(directory), wanted, one_line(error))) from error
 
 
 def _weight_files(directory: str) -> list[Path]:
     """Those of the whole model: beside a merged one its adapter may lie."""
     return sorted(path for path in Path(directory).glob("*.safetensors") if not path.name.startswith("adapter"))
-
-
-def _sections(directory: str, config: dict[str, Any]) -> DictConfig:
-    files = [path.name for path in _weight_files(directory)]
-    return OmegaConf.create(
-        {
-            "model": model_section(config),
-            "checkpointer": {
-                "_component_": "torchtune.training.FullModelHFCheckpointer",
-                "checkpoint_dir": directory,
-                "checkpoint_files": files,
-                "model_type": checkpointer_model_type(config),
-            },
-        }
-    )
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str | None, num_tokens: int) -> str | None:

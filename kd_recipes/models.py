@@ -7,15 +7,25 @@ builder with that factor.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any, get_args
 
+from omegaconf import OmegaConf
+from torch import nn
+from torchtune import config as tune_config
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
 from kd_recipes._torchtune.decoder import Adapters, Rope, build_decoder
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.lattices import Scheme, fake_quantize_activations
+from kd_recipes.layers import LowRankEmbedding, LowRankLinear
+
+# model_type of a config.json whose model is no plain matrices, so that transformers does not take them for missing
+COMPRESSED = "kd_recipes"
 
 # What torchtune's llama3_2 builder has no argument for.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -203,6 +213,65 @@ def _checked(sizes: dict[str, Any]) -> dict[str, Any]:
     if sizes["rope"] not in get_args(Rope):
         raise ConfigError(Problem("model.rope", sizes["rope"], f"one of {', '.join(get_args(Rope))}"))
     return sizes
+
+
+def from_checkpoint(checkpoint_dir: str) -> TransformerDecoder:
+    """The model, without its weights, of a directory that the compress recipe has left.
+
+    Layers that have become products of factors are built as such; layers whose inputs are to be 8-bit integers round
+    them.
+
+    Args:
+        checkpoint_dir: the directory; of it config.json is read.
+
+    Raises:
+        ConfigError: it is none, or its model cannot be built.
+    """
+    path = Path(checkpoint_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("model.checkpoint_dir", str(path), "a readable JSON file", str(error))) from error
+    dense = config["dense"] if config.get("model_type") == COMPRESSED else config
+    model: TransformerDecoder = tune_config.instantiate(OmegaConf.create(model_section(dense)))
+    for name, ranks in config.get("ranks", {}).items():
+        _factorize(model, name, ranks)
+    round_activations(model, config.get("schemes", {}))
+    return model
+
+
+def _factorize(model: TransformerDecoder, name: str, ranks: Sequence[int]) -> None:
+    """Put an untrained product of factors, with these sizes between them, in the place of a layer."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Embedding):
+        factored: nn.Module = LowRankEmbedding(layer.num_embeddings, layer.embedding_dim, ranks[0])
+        if isinstance(model.output, TiedLinear):
+            model.output = TiedLinear(factored)
+    else:
+        sizes = (layer.in_features, layer.out_features, ranks[0])
+        factored = LowRankLinear(*sizes, bias=layer.bias is not None, three_factors=len(ranks) == 2)
+    model.set_submodule(name, factored)
+
+
+def round_activations(model: nn.Module, schemes: Mapping[str, str]) -> None:
+    """Round the inputs of linear layers to 8 bits a token, where their weights' scheme says so, and nowhere else.
+
+    A head that is taken off its model finds ``rounding`` in it.
+
+    Args:
+        model: whose layers.
+        schemes: name of a parameter -> the scheme that it is in.
+    """
+    names = {key.rpartition(".")[0] for key, name in schemes.items() if Scheme.parse(name).dynamic_activations}
+    for name, layer in model.named_modules():
+        if handle := vars(layer).pop("rounding", None):
+            handle.remove()
+        if name in names and not isinstance(layer, (nn.Embedding, LowRankEmbedding)):
+            layer.rounding = layer.register_forward_pre_hook(_round_inputs)
+
+
+def _round_inputs(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (fake_quantize_activations(args[0]), *args[1:])
 
 
 def model_section(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torchtune.training.metric_logging import DiskLogger
 
+from kd_recipes.compression import Text
 from kd_recipes.config import load_and_validate
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.models import checkpointer_model_type, model_section
@@ -101,6 +103,16 @@ def save_tokenizer(directory: Path, vocab_size: int = VOCABULARY) -> Tokenizer:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "chat_template": CHAT_TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps({**special, **settings}))
     return tokenizer
+
+
+def calibration(batches: list[tuple[Tensor, Tensor | None]]) -> Text:
+    """Batches of ids ``[B, S]``, and which count, as calibration text in float32."""
+    windows = [
+        (tokens_S[None], torch.ones(1, len(tokens_S), dtype=torch.bool) if valid_BS is None else valid_BS[row][None])
+        for tokens_BS, valid_BS in batches
+        for row, tokens_S in enumerate(tokens_BS)
+    ]
+    return Text(windows, torch.device("cpu"), torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- models

@@ -17,6 +17,8 @@ from torchtune.training import get_act_offloading_ctx_manager
 
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.lattices import fake_quantize_activations
+from kd_recipes.layers import LowRankEmbedding, LowRankLinear
 from kd_recipes.signals import DenseSignal, LinearLogits, Tap
 
 
@@ -36,7 +38,16 @@ class Head:
         """The logits of some hidden states, not computed yet."""
         output = self.output
         if isinstance(output, TiedLinear):  # which is no nn.Module
-            return LinearLogits((hidden_TD,), (output.tied_module.weight,), None, self.soft_cap)
+            output = output.tied_module
+            if not isinstance(output, LowRankEmbedding):
+                return LinearLogits((hidden_TD,), (output.weight,), None, self.soft_cap)
+            return LinearLogits((hidden_TD @ output.v.T,), (output.u,), None, self.soft_cap)
+        if hasattr(output, "rounding"):  # a hook, which is passed by here
+            hidden_TD = fake_quantize_activations(hidden_TD)
+        if isinstance(output, LowRankLinear):
+            inner_TR = hidden_TD @ output.v.T
+            inner_TR = inner_TR if output.s is None else inner_TR @ output.s.T
+            return LinearLogits((inner_TR,), (output.u,), output.bias, self.soft_cap)
         if isinstance(output, LoRALinear):
             adapted_TR = output.lora_a(output.dropout(hidden_TD)) * (output.alpha / output.rank)
             weights = (output.weight, output.lora_b.weight)
@@ -68,7 +79,7 @@ def take_head(model: TransformerDecoder) -> Head:
     norm, soft_cap = model.norm, None
     if isinstance(norm, Gemma2FinalNorm):
         norm, soft_cap = norm.rms_norm, norm.capping_value
-    if not isinstance(model.output, (nn.Linear, TiedLinear, LoRALinear, DoRALinear)):
+    if not isinstance(model.output, (nn.Linear, TiedLinear, LoRALinear, DoRALinear, LowRankLinear)):
         wanted = "an output head that is linear, tied to the embedding or not, with or without an adapter"
         raise ConfigError(Problem("model", type(model.output).__name__, wanted))
     # unembed() is norm, then output. A function, since a module would be registered as a child and not be found first

@@ -1,25 +1,44 @@
-"""Make models smaller: which parts can go, and checkpoints without them."""
+"""Make models smaller: steps from checkpoint to checkpoint, and constraints on a student in training."""
 
-from kd_recipes.compression.checkpoint import (
-    HFCheckpoint,
-    prune_depth_checkpoint,
-    read_checkpoint,
-    rewrite_checkpoint,
-)
+from kd_recipes.compression.budget import Budget
+from kd_recipes.compression.checkpoint import HFCheckpoint, read_checkpoint, sections, write_checkpoint
+from kd_recipes.compression.checkpointer import CompressedCheckpointer
+from kd_recipes.compression.constraint import Constraint
+from kd_recipes.compression.dense import ToDense
 from kd_recipes.compression.depth import DepthPruning, block_influence, choose_blocks
-from kd_recipes.compression.width import WidthPruning, choose_width, collect_moments
-from kd_recipes.compression.width_checkpoint import prune_width_checkpoint
+from kd_recipes.compression.form import Form, form_of
+from kd_recipes.compression.low_rank import LowRank, TensorDecomposition
+from kd_recipes.compression.quantization import Quantization, QuantizationAwareTraining
+from kd_recipes.compression.sparsity import GradualSparsity, KeepZeros, Sparsification
+from kd_recipes.compression.step import Step
+from kd_recipes.compression.stream import Stream, Text, cross_entropy
+from kd_recipes.compression.width import WidthPruning, choose_width
 
 __all__ = [
+    "Budget",
+    "CompressedCheckpointer",
+    "Constraint",
     "DepthPruning",
+    "Form",
+    "GradualSparsity",
     "HFCheckpoint",
+    "KeepZeros",
+    "LowRank",
+    "Quantization",
+    "QuantizationAwareTraining",
+    "Sparsification",
+    "Step",
+    "Stream",
+    "TensorDecomposition",
+    "Text",
+    "ToDense",
     "WidthPruning",
     "block_influence",
     "choose_blocks",
     "choose_width",
-    "collect_moments",
-    "prune_depth_checkpoint",
-    "prune_width_checkpoint",
+    "cross_entropy",
+    "form_of",
     "read_checkpoint",
-    "rewrite_checkpoint",
+    "sections",
+    "write_checkpoint",
 ]

@@ -1,6 +1,9 @@
-"""Write a Hugging Face checkpoint without some of its blocks, from file to file.
+"""Checkpoints on disk as compression sees them: headers when one is read, a tensor at a time when one is written.
 
-A kept tensor is copied as it is, so nothing is lost to a conversion, and one tensor is in memory at a time.
+A dense model is a directory as transformers writes it. One whose weights are products of factors, or codes on a
+lattice, is laid out alike, but its config.json is of a ``model_type`` that transformers refuses, since it would take
+such weights for missing ones: ``{"model_type": "kd_recipes", "dense": config.json of the dense model, "ranks": …,
+"schemes": …}``.
 """
 
 from __future__ import annotations
@@ -8,18 +11,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.models import model_section
+from kd_recipes.models import COMPRESSED, checkpointer_model_type, model_section
 from kd_recipes.storage import (
     TensorSpec,
     atomic_directory,
@@ -27,14 +31,12 @@ from kd_recipes.storage import (
     read_safetensors_header,
     require_free_space,
     write_json,
-    write_safetensors,
 )
 
-MAX_FILE_BYTES = 5_000_000_000
+MAX_FILE_BYTES = 2_000_000_000
+RECORD = "compression.json"
 _INDEX = "model.safetensors.index.json"
-_RECORD = "pruning.json"
-_BLOCK = re.compile(r"(model\.layers\.)(\d+)(\..+)")
-_PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")  # in config.json: an entry for each block
+_BLOCK = re.compile(r"model\.layers\.(\d+)\..+")
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
     *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
@@ -43,17 +45,21 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A Hugging Face checkpoint on disk, of which only headers have been read.
+    """A checkpoint on disk, of which only headers have been read.
 
     Args:
         directory: where it lies.
-        config: its config.json.
+        config: config.json of the model, or of the dense one that it stands for.
         shards: file name -> the tensors in it.
+        ranks: of the layers that are products of factors, the sizes between these, by torchtune's name of the layer.
+        schemes: of the parameters that are codes on a lattice, by torchtune's name of the parameter.
     """
 
     directory: Path
     config: Mapping[str, Any]
     shards: Mapping[str, tuple[TensorSpec, ...]]
+    ranks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    schemes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -61,9 +67,36 @@ class HFCheckpoint:
         return int(self.config["num_hidden_layers"])
 
     @property
+    def is_dense(self) -> bool:
+        """Whether its weights are matrices as they are, which transformers loads."""
+        return not self.ranks and not self.schemes
+
+    @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """All tensors."""
         return tuple(spec for specs in self.shards.values() for spec in specs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+    def names(self, block: int | None) -> list[str]:
+        """The tensors of a block; of None, those outside all blocks."""
+        return [spec.name for spec in self.specs if block_of(spec.name) == block]
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some of its tensors, read one at a time."""
+        file_of = {spec.name: file for file, specs in self.shards.items() for spec in specs}
+        for name in names:
+            with safe_open(self.directory / file_of[name], framework="pt") as file:
+                yield name, file.get_tensor(name)
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to, by its name in the file; None if to none."""
+    match = _BLOCK.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def read_checkpoint(directory: Path) -> HFCheckpoint:
@@ -73,7 +106,9 @@ def read_checkpoint(directory: Path) -> HFCheckpoint:
         ConfigError: no config.json, no safetensors files, one that the index names is missing or damaged, or the
             blocks in the files are not those that config.json counts.
     """
-    config = _read_json(directory / "config.json")
+    written = _read_json(directory / "config.json")
+    is_compressed = written.get("model_type") == COMPRESSED
+    config = written["dense"] if is_compressed else written
     if (directory / _INDEX).is_file():
         names = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
     else:
@@ -84,51 +119,43 @@ def read_checkpoint(directory: Path) -> HFCheckpoint:
     if missing or not names:
         wanted = "a directory with all its safetensors files"
         got = f"{directory} without {', '.join(missing) or 'model.safetensors'}"
-        raise ConfigError(Problem("checkpointer.checkpoint_dir", got, wanted))
+        raise ConfigError(Problem("checkpoint_dir", got, wanted))
     shards = {name: tuple(read_safetensors_header(directory / name).values()) for name in names}
-    checkpoint = HFCheckpoint(directory, config, shards)
-    found = {int(match[2]) for spec in checkpoint.specs if (match := _BLOCK.fullmatch(spec.name))}
+    forms = {name: written[name] for name in ("ranks", "schemes")} if is_compressed else {}
+    checkpoint = HFCheckpoint(directory, config, shards, **forms)
+    found = {block_of(spec.name) for spec in checkpoint.specs} - {None}
     if not found or found != set(range(config.get("num_hidden_layers", 0))):
         wanted = f"tensors model.layers.0 … for the {config.get('num_hidden_layers')} blocks of config.json"
-        raise ConfigError(Problem("checkpointer.checkpoint_dir", f"{len(found)} blocks in {directory}", wanted))
+        raise ConfigError(Problem("checkpoint_dir", f"{len(found)} blocks in {directory}", wanted))
     return checkpoint
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What becomes of a tensor.
-
-    Args:
-        spec: in the new checkpoint.
-        apply: from the tensor to the new one, of the same dtype; None copies it.
-    """
-
-    spec: TensorSpec
-    apply: Callable[[Tensor], Tensor] | None = None
-
-
-def rewrite_checkpoint(
+def write_checkpoint(
     source: HFCheckpoint,
     destination_dir: Path,
-    config: Mapping[str, Any],
-    edit: Callable[[TensorSpec], Edit | None],
+    tensors: Iterable[tuple[str, Tensor]],
     *,
     record: Mapping[str, object],
+    config: Mapping[str, Any] | None = None,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+    schemes: Mapping[str, str] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> HFCheckpoint:
-    """Write a checkpoint with other tensors; what is only copied is the same bit for bit.
+    """Write what a checkpoint has become; the result is whole or absent.
 
-    The result is whole or absent. Beside the weights it holds config.json, the source's tokenizer, chat template and
-    generation settings, ``pruning.json`` (what was done), and ``model.yaml`` (the ``model:`` section of a torchtune
-    config, where there is a builder for the model).
+    Beside the weights it holds config.json, the source's tokenizer, chat template and generation settings,
+    ``compression.json`` (what was done, step by step) and ``model.yaml`` (the ``model:`` and ``checkpointer:`` sections
+    of a recipe's config, where there is a builder for the model).
 
     Args:
-        source: a checkpoint.
+        source: what it was.
         destination_dir: the directory to make.
-        config: the new config.json.
-        edit: what becomes of a tensor; None leaves it out.
-        record: what ``pruning.json`` says; what the source's says comes before it.
-        max_file_bytes: weights of less than this go into one file; others into one a file of the source.
+        tensors: what it is now, by the names of Hugging Face's files; taken one at a time.
+        record: what was done; what ``compression.json`` of the source says comes before it.
+        config: config.json of the dense model; the source's by default.
+        ranks: as :attr:`HFCheckpoint.ranks`, complete; filled while ``tensors`` are taken, if need be.
+        schemes: likewise.
+        max_file_bytes: tensors are gathered in memory to files of about this size.
 
     Returns:
         The checkpoint written.
@@ -136,112 +163,91 @@ def rewrite_checkpoint(
     Raises:
         ConfigError: the disk is full.
     """
-    edits = {spec.name: made for spec in source.specs if (made := edit(spec)) is not None}
-    num_bytes = sum(made.spec.num_bytes for made in edits.values())
-    require_free_space(destination_dir, num_bytes, key="output_dir")
-    before = source.directory / _RECORD
-    lineage = [*(_read_json(before)["steps"] if before.is_file() else []), record]
+    require_free_space(destination_dir, source.num_bytes, key="output_dir")
     with atomic_directory(destination_dir) as directory:
-        _write_weights(source, directory, edits, is_sharded=num_bytes >= max_file_bytes)
-        write_json(directory / "config.json", config)
-        write_json(directory / _RECORD, {"steps": lineage})
+        _write_files(directory, tensors, max_file_bytes)
+        write_json(directory / "config.json", compressed_config(config or source.config, ranks, schemes))
+        write_json(directory / RECORD, {"steps": [*lineage(source.directory), record]})
         _copy_companions(source.directory, directory)
         with suppress(ConfigError):  # there may be no builder to name; transformers loads it all the same
-            OmegaConf.save({"model": model_section(config)}, directory / "model.yaml")
+            OmegaConf.save(sections(directory, destination_dir), directory / "model.yaml")
     return read_checkpoint(destination_dir)
 
 
-def prune_depth_checkpoint(
-    source_dir: Path,
-    destination_dir: Path,
-    keep: Sequence[int],
-    *,
-    record: Mapping[str, object] | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-) -> HFCheckpoint:
-    """Write a checkpoint that has only some blocks of another; everything else in it is the same, bit for bit.
+def add_figures(directory: Path, figures: Mapping[str, object]) -> None:
+    """Write beside what was done what it has cost, in ``compression.json``."""
+    steps = lineage(directory)
+    steps[-1] = {**steps[-1], "figures": figures}
+    unfinished = directory / f".{RECORD}"
+    write_json(unfinished, {"steps": steps})
+    unfinished.replace(directory / RECORD)
+
+
+def compressed_config(
+    dense: Mapping[str, Any], ranks: Mapping[str, Sequence[int]] | None, schemes: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """The config.json of a model whose dense form has the config ``dense``."""
+    if not ranks and not schemes:
+        return dict(dense)
+    return {"model_type": COMPRESSED, "dense": dict(dense), "ranks": dict(ranks or {}), "schemes": dict(schemes or {})}
+
+
+def lineage(directory: Path) -> list[Any]:
+    """What was done to a checkpoint before, step by step."""
+    path = directory / RECORD
+    return list(_read_json(path)["steps"]) if path.is_file() else []
+
+
+def sections(directory: Path, destination_dir: Path | None = None) -> Any:
+    """The ``model:`` and ``checkpointer:`` sections of a recipe's config for a checkpoint.
 
     Args:
-        source_dir: a Hugging Face directory with safetensors.
-        destination_dir: the directory to make; see :func:`rewrite_checkpoint`.
-        keep: blocks to keep, ascending; they are numbered anew.
-        record: what else ``pruning.json`` should say.
-        max_file_bytes: as in :func:`rewrite_checkpoint`.
-
-    Returns:
-        The checkpoint written.
+        directory: where it is.
+        destination_dir: where it will be, if elsewhere.
 
     Raises:
-        ConfigError: ``keep`` names no block or one that is not there, the source cannot be read (see
-            :func:`read_checkpoint`), or the disk is full.
+        ConfigError: torchtune has no builder for it.
     """
-    source = read_checkpoint(source_dir)
-    if not keep or sorted(set(keep) & set(range(source.num_layers))) != list(keep):
-        raise ConfigError(Problem("keep", list(keep), f"ascending indices of {source.num_layers} blocks"))
-
-    def edit(spec: TensorSpec) -> Edit | None:
-        name = _pruned_name(spec.name, keep)
-        return None if name is None else Edit(replace(spec, name=name))
-
-    summary = {"source": str(source_dir), "num_blocks": source.num_layers, "kept_blocks": list(keep)}
-    config = pruned_config(source.config, keep)
-    return rewrite_checkpoint(
-        source, destination_dir, config, edit, record={**summary, **(record or {})}, max_file_bytes=max_file_bytes
-    )
-
-
-def pruned_config(config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """A config.json for the model that has only the blocks ``keep``."""
-    pruned = {**config, "num_hidden_layers": len(keep)}
-    for name in _PER_BLOCK_LISTS:
-        if config.get(name):
-            pruned[name] = [config[name][index] for index in keep]
-    if config.get("max_window_layers") is not None:  # blocks from this one on attend to a sliding window
-        pruned["max_window_layers"] = sum(index < config["max_window_layers"] for index in keep)
-    return pruned
+    place = {"checkpoint_dir": str(destination_dir or directory)}
+    config = _read_json(directory / "config.json")
+    files = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("adapter"))
+    checkpointer: dict[str, Any] = {**place, "checkpoint_files": files}
+    if config.get("model_type") == COMPRESSED:
+        model = {"_component_": "kd_recipes.models.from_checkpoint", **place}
+        checkpointer = {"_component_": "kd_recipes.compression.CompressedCheckpointer", **checkpointer}
+    else:
+        model = model_section(config)
+        checkpointer = {"_component_": "torchtune.training.FullModelHFCheckpointer", **checkpointer}
+        checkpointer["model_type"] = checkpointer_model_type(config)
+    return OmegaConf.create({"model": model, "checkpointer": checkpointer})
 
 
-def _pruned_name(name: str, keep: Sequence[int]) -> str | None:
-    """The tensor's name in the pruned checkpoint, None if it is not there."""
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return name
-    index = int(match[2])
-    return f"{match[1]}{keep.index(index)}{match[3]}" if index in keep else None
+def _write_files(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> None:
+    files: list[list[str]] = []
+    gathered: dict[str, Tensor] = {}
+    total = 0
 
+    def flush() -> None:
+        save_file(gathered, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(gathered))
+        gathered.clear()
 
-def _write_weights(source: HFCheckpoint, directory: Path, edits: Mapping[str, Edit], *, is_sharded: bool) -> None:
-    kept = {file: [spec for spec in specs if spec.name in edits] for file, specs in source.shards.items()}
-    files = [[(file, spec) for spec in specs] for file, specs in kept.items() if specs]
-    if not is_sharded:
-        _write_file(source, directory / "model.safetensors", [pair for file in files for pair in file], edits)
+    for name, tensor in tensors:
+        gathered[name] = tensor.detach().cpu().contiguous()
+        total += tensor.nbytes
+        if sum(kept.nbytes for kept in gathered.values()) >= max_file_bytes:
+            flush()
+    if gathered:
+        flush()
+    if len(files) == 1:
+        (directory / "part-0").rename(directory / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
-    for number, pairs in enumerate(files, start=1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(source, directory / name, pairs, edits)
-        weight_map |= {edits[spec.name].spec.name: name for _, spec in pairs}
-    total_size = sum(edits[spec.name].spec.num_bytes for pairs in files for _, spec in pairs)
-    write_json(directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def _write_file(
-    source: HFCheckpoint, path: Path, pairs: Sequence[tuple[str, TensorSpec]], edits: Mapping[str, Edit]
-) -> None:
-    """Write one file of (source file, tensor) pairs."""
-    pairs = sorted(pairs, key=lambda pair: -pair[1].dtype.itemsize)  # write_safetensors aligns wider dtypes first
-    specs = [edits[spec.name].spec for _, spec in pairs]
-    write_safetensors(path, specs, _edited_tensors(source.directory, pairs, edits))
-
-
-def _edited_tensors(
-    directory: Path, pairs: Sequence[tuple[str, TensorSpec]], edits: Mapping[str, Edit]
-) -> Iterator[Tensor]:
-    for file, spec in pairs:
-        apply = edits[spec.name].apply
-        with safe_open(directory / file, framework="pt") as tensors:
-            tensor = tensors.get_tensor(spec.name)
-            yield tensor if apply is None else apply(tensor).to(spec.dtype).contiguous()
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (directory / f"part-{number}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _copy_companions(source: Path, destination: Path) -> None:
@@ -255,6 +261,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        remedy = f"Only Hugging Face directories with safetensors can be pruned ({error})"
-        raise ConfigError(Problem("checkpointer.checkpoint_dir", str(path), "a readable JSON file", remedy)) from error
+        remedy = f"Only Hugging Face directories with safetensors can be compressed ({error})"
+        raise ConfigError(Problem("checkpoint_dir", str(path), "a readable JSON file", remedy)) from error
     return content

@@ -8,23 +8,29 @@ for what they have lost as far as a linear map can: the projection behind the cu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchtune.modules import TransformerDecoder
+from torch import Tensor
 
-from kd_recipes import _torchtune
+from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
+from kd_recipes.compression.form import Form
+from kd_recipes.compression.step import Step
+from kd_recipes.compression.stream import Stream, Text
 from kd_recipes.errors import ConfigError, Problem
 
 # of the mean squared input of a projection, added to each: a fit to few tokens must not follow their noise
 _RIDGE = 0.01
+_TENSOR = re.compile(r"(?:model\.layers\.(\d+)\.)?(?:model\.)?([\w.]+?)\.(weight|bias)")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
-class WidthPruning:
+class WidthPruning(Step):
     """How much to keep of each width: a whole number is a size, a number below 1 a share; None keeps all.
 
     Args:
@@ -47,24 +53,43 @@ class WidthPruning:
     def __post_init__(self) -> None:
         asked = {name: getattr(self, name) for name in ("intermediate_dim", "num_kv_heads", "embed_dim")}
         if not any(value is not None for value in asked.values()):
-            raise ConfigError(Problem("method", None, f"at least one of {', '.join(asked)}"))
+            raise ConfigError(Problem("._component_", "WidthPruning", f"at least one of {', '.join(asked)}"))
         for name, value in asked.items():
             if value is not None and (value <= 0 or (value > 1 and value != int(value))):
-                raise ConfigError(Problem(f"method.{name}", value, "a size (from 1) or a share (below 1)"))
+                raise ConfigError(Problem(f".{name}", value, "a size (from 1) or a share (below 1)"))
         if self.multiple_of < 1:
-            raise ConfigError(Problem("method.multiple_of", self.multiple_of, "a whole number above 0"))
+            raise ConfigError(Problem(".multiple_of", self.multiple_of, "a whole number above 0"))
 
-    def sizes(self, intermediate_dim: int, num_kv_heads: int, embed_dim: int) -> tuple[int, int, int]:
-        """What is kept of a model of these sizes.
+    def sizes(self, form: Form) -> tuple[int, int, int]:
+        """Neurons, key-value heads and channels that are kept of a model.
 
         Raises:
             ConfigError: nothing, or more than there is.
         """
         return (
-            self._size("intermediate_dim", intermediate_dim, self.multiple_of),
-            self._size("num_kv_heads", num_kv_heads, 1),
-            self._size("embed_dim", embed_dim, self.multiple_of),
+            self._size("intermediate_dim", form.intermediate_dim, self.multiple_of),
+            self._size("num_kv_heads", form.num_kv_heads, 1),
+            self._size("embed_dim", form.embed_dim, self.multiple_of),
         )
+
+    def check(self, form: Form) -> Form:
+        """See :class:`Step`."""
+        form.require("pruning of widths")
+        num_neurons, num_groups, num_channels = self.sizes(form)
+        return replace(form, config=narrowed_config(form, num_neurons, num_groups, num_channels))
+
+    def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
+        """See :class:`Step`."""
+        kept = choose_width(source, text, self)
+        lists = {"kept_neurons": kept.neurons_LK, "kept_kv_heads": kept.groups_LK}
+        record = {
+            **self.describe(),
+            **{name: [indices.tolist() for indices in kept_L] for name, kept_L in lists.items()},
+            "kept_channels": kept.channels_K.tolist(),
+        }
+        sizes = (len(kept.neurons_LK[0]), len(kept.groups_LK[0]), len(kept.channels_K))
+        config = narrowed_config(Form(source.config), *sizes)
+        return write_checkpoint(source, destination_dir, narrowed(source, kept), record=record, config=config)
 
     def _size(self, name: str, full: int, multiple_of: int) -> int:
         value = getattr(self, name)
@@ -72,83 +97,9 @@ class WidthPruning:
             return full
         size = round(value * full / multiple_of) * multiple_of if value < 1 else int(value)
         if not 0 < size < full or size % multiple_of:
-            multiple = f", in multiples of {multiple_of} (method.multiple_of)" if multiple_of > 1 else ""
-            raise ConfigError(Problem(f"method.{name}", value, f"from 1 to {full}, the model's{multiple}"))
+            multiple = f", in multiples of {multiple_of} (multiple_of)" if multiple_of > 1 else ""
+            raise ConfigError(Problem(f".{name}", value, f"from 1 to {full}, the model's{multiple}"))
         return size
-
-
-@dataclass
-class Moments:
-    """Second moments of what flows through a model, on calibration text: sums over tokens, float32, on the CPU.
-
-    Args:
-        neurons_LFF: of the inputs of each block's down projection.
-        attention_LZZ: of those of its output projection.
-        entering_D: of the inputs of each norm, in order: two of each block, and the last.
-        normed_D: of their outputs.
-        num_tokens: how many were summed.
-    """
-
-    neurons_LFF: list[Tensor] = field(default_factory=list)
-    attention_LZZ: list[Tensor] = field(default_factory=list)
-    entering_D: list[Tensor] = field(default_factory=list)
-    normed_D: list[Tensor] = field(default_factory=list)
-    num_tokens: int = 0
-
-
-@torch.no_grad()
-def collect_moments(model: TransformerDecoder, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Moments:
-    """Second moments of all that width pruning looks at.
-
-    They take ``num_layers * (intermediate_dim^2 + (num_heads * head_dim)^2) * 4`` bytes.
-
-    Args:
-        model: in eval mode, with its weights.
-        batches: ids ``[B, S]``, and which of them count (bool ``[B, S]``; None for all), on the model's device.
-
-    Raises:
-        ConfigError: no token counts, or what flows is not finite.
-    """
-    moments, valid = Moments(), torch.empty(0)
-    handles: list[Any] = []
-
-    def tokens(values: Tensor) -> Tensor:
-        return values.reshape(-1, values.shape[-1])[valid].float()
-
-    def watch(module: nn.Module, sums: list[Tensor], size: int, *, is_square: bool, of_output: bool = False) -> None:
-        index = len(sums)
-        sums.append(torch.zeros(size, size) if is_square else torch.zeros(size))
-
-        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x_TC = tokens(output if of_output else args[0])
-            sums[index] += (x_TC.T @ x_TC if is_square else x_TC.square().sum(0)).cpu()
-
-        handles.append(module.register_forward_hook(add))
-
-    for block in model.layers:
-        watch(block.mlp.w2, moments.neurons_LFF, block.mlp.w2.weight.shape[1], is_square=True)
-        projection = block.attn.output_proj
-        watch(projection, moments.attention_LZZ, projection.weight.shape[1], is_square=True)
-    norms = [norm for block in model.layers for norm in (block.sa_norm, block.mlp_norm)]
-    for norm in (*norms, model.norm):
-        watch(norm, moments.entering_D, norm.scale.shape[0], is_square=False)
-        watch(norm, moments.normed_D, norm.scale.shape[0], is_square=False, of_output=True)
-    try:
-        with _torchtune.without_head(model):
-            for tokens_BS, valid_BS in batches:
-                valid = torch.ones_like(tokens_BS, dtype=torch.bool) if valid_BS is None else valid_BS
-                valid = valid.reshape(-1)
-                moments.num_tokens += int(valid.sum())
-                model.norm(model(tokens_BS))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if moments.num_tokens == 0:
-        raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
-    if not all(bool(m.isfinite().all()) for m in (*moments.neurons_LFF, *moments.attention_LZZ, *moments.normed_D)):
-        remedy = "Damaged weights, or numbers beyond dtype's range: try dtype=fp32"
-        raise ConfigError(Problem("model", "activations that are not finite", "finite ones", remedy))
-    return moments
 
 
 @dataclass(frozen=True)
@@ -161,8 +112,8 @@ class Kept:
         channels_K: of the residual stream, alike in all blocks.
         down_LDK: the down projections behind the cut, all channels, ``[D, K]``; None where nothing was cut.
         output_LDK: the attention's output projections, likewise.
-        norm_factors: of each norm's scale, in the order of :attr:`Moments.entering_D`: fewer channels have another root
-            mean square.
+        norm_factors: of each norm's scale, in the order two of each block, and the last: fewer channels have another
+            root mean square.
     """
 
     neurons_LK: list[Tensor]
@@ -174,7 +125,7 @@ class Kept:
 
 
 @torch.no_grad()
-def choose_width(model: TransformerDecoder, moments: Moments, method: WidthPruning) -> Kept:
+def choose_width(source: HFCheckpoint, text: Text, method: WidthPruning) -> Kept:
     """What to keep: the neurons and heads that add most to the residual stream, and its largest channels.
 
     A neuron adds ``E[a^2] * |w|^2``, with its activation ``a`` and its column ``w`` of the down projection: what the
@@ -183,39 +134,84 @@ def choose_width(model: TransformerDecoder, moments: Moments, method: WidthPruni
     (as in Minitron, https://arxiv.org/abs/2407.14679).
 
     Args:
-        model: the one that the moments are of.
-        moments: of calibration text.
+        source: the model.
+        text: what it is measured on.
         method: how much to keep.
+
+    Raises:
+        ConfigError: no token counts, or what flows is not finite.
     """
-    attention = model.layers[0].attn
-    num_groups, width = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads * attention.head_dim
-    embed_dim = model.tok_embeddings.embedding_dim
-    num_neurons, num_kept_groups, num_channels = method.sizes(moments.neurons_LFF[0].shape[0], num_groups, embed_dim)
-    kept = Kept([], [], torch.arange(embed_dim), [], [], [])
-    for block, neurons_FF, attention_ZZ in zip(model.layers, moments.neurons_LFF, moments.attention_LZZ, strict=True):
-        down_DF, output_DZ = (layer.weight.float().cpu() for layer in (block.mlp.w2, block.attn.output_proj))
+    if text.num_tokens == 0:
+        raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
+    form = Form(source.config)
+    num_neurons, num_groups, num_channels = method.sizes(form)
+    width = form.num_heads // form.num_kv_heads * form.head_dim
+    kept = Kept([], [], torch.arange(form.embed_dim), [], [], [])
+    norms = _Norms()
+    stream = Stream(source, text, "width")
+    for block in stream:
+        watched = {"sa_norm": norms.watcher(), "mlp_norm": norms.watcher()}
+        grams = block.grams(["mlp.w2", "attn.output_proj"], watched)
+        neurons_FF, attention_ZZ = grams["mlp.w2"], grams["attn.output_proj"]
+        down_DF, output_DZ = block.weight("mlp.w2"), block.weight("attn.output_proj")
         chosen_K = _largest(neurons_FF.diagonal() * down_DF.square().sum(0), num_neurons)
         added_G = torch.stack(
             [
                 torch.einsum("dz,zy,dy->", output_DZ[:, part], attention_ZZ[part, part], output_DZ[:, part])
-                for part in (slice(group * width, (group + 1) * width) for group in range(num_groups))
+                for part in (slice(group * width, (group + 1) * width) for group in range(form.num_kv_heads))
             ]
         )
-        groups_K = _largest(added_G, num_kept_groups)
-        columns_K = of_groups(groups_K, width)
-        kept.neurons_LK.append(chosen_K)
-        kept.groups_LK.append(groups_K)
-        kept.down_LDK.append(_refit(down_DF, neurons_FF, chosen_K, method.refit))
-        kept.output_LDK.append(_refit(output_DZ, attention_ZZ, columns_K, method.refit))
-    shares_D = sum((normed_D / normed_D.sum() for normed_D in moments.normed_D), torch.zeros(embed_dim))
-    channels_K = _largest(shares_D, num_channels)
-    factors = [float((entering_D[channels_K].mean() / entering_D.mean()).sqrt()) for entering_D in moments.entering_D]
-    return Kept(kept.neurons_LK, kept.groups_LK, channels_K, kept.down_LDK, kept.output_LDK, factors)
+        groups_K = _largest(added_G, num_groups)
+        kept.neurons_LK.append(chosen_K.cpu())
+        kept.groups_LK.append(groups_K.cpu())
+        dtype = block.state["mlp.w2.weight"].dtype
+        for fitted, weight, gram, columns in (
+            (kept.down_LDK, down_DF, neurons_FF, chosen_K),
+            (kept.output_LDK, output_DZ, attention_ZZ, of_groups(groups_K, width)),
+        ):
+            new = _refit(weight, gram, columns, method.refit)
+            fitted.append(None if new is None else new.to(dtype).cpu())
+    norms.add_last(stream)
+    return norms.choose(kept, num_channels)
+
+
+@dataclass
+class _Norms:
+    """Mean squares, over the tokens, of what enters and what leaves each norm, ``[D]`` each."""
+
+    entering_D: list[Tensor] = field(default_factory=list)
+    normed_D: list[Tensor] = field(default_factory=list)
+
+    def watcher(self) -> Callable[[Tensor, Tensor], None]:
+        """For the next norm; what it has seen is added up."""
+        index = len(self.entering_D)
+        self.entering_D.append(torch.zeros(()))
+        self.normed_D.append(torch.zeros(()))
+
+        def see(x_TD: Tensor, normed_TD: Tensor) -> None:
+            self.entering_D[index] = self.entering_D[index] + x_TD.square().sum(0).cpu()
+            self.normed_D[index] = self.normed_D[index] + normed_TD.square().sum(0).cpu()
+
+        return see
+
+    def add_last(self, stream: Stream) -> None:
+        """The norm behind the last block."""
+        norm, see = stream.final_norm(), self.watcher()
+        for hidden_1SD, (_, valid_1S) in zip(stream.hidden, stream.text.windows, strict=True):
+            x_TD = hidden_1SD[valid_1S.to(hidden_1SD.device)]
+            see(x_TD.float(), norm(x_TD).float())
+
+    def choose(self, kept: Kept, num_channels: int) -> Kept:
+        """The channels that are largest behind the norms, and what makes up for the others in each norm."""
+        shares_D = torch.stack([normed_D / normed_D.sum() for normed_D in self.normed_D]).sum(0)
+        channels_K = _largest(shares_D, num_channels)
+        factors = [float((square_D[channels_K].mean() / square_D.mean()).sqrt()) for square_D in self.entering_D]
+        return replace(kept, channels_K=channels_K, norm_factors=factors)
 
 
 def of_groups(groups_K: Tensor, width: int) -> Tensor:
     """Indices of all that belongs to some groups, where each group is so many in a row."""
-    return (groups_K[:, None] * width + torch.arange(width)).flatten()
+    return (groups_K[:, None] * width + torch.arange(width, device=groups_K.device)).flatten()
 
 
 def _largest(values: Tensor, number: int) -> Tensor:
@@ -233,5 +229,59 @@ def _refit(weight_DC: Tensor, moments_CC: Tensor, kept_K: Tensor, is_asked: bool
     ridge = _RIDGE * gram_KK.diagonal().mean()
     # drawn towards the weights that were there, not towards zero: unlike a plain ridge it leaves what need not change
     target_KD = (weight_DC @ moments_CC[:, kept_K] + ridge * weight_DC[:, kept_K]).T
-    fitted_KD: Tensor = torch.linalg.solve(gram_KK + ridge * torch.eye(len(kept_K)), target_KD)
+    fitted_KD: Tensor = torch.linalg.solve(gram_KK + ridge * torch.eye(len(kept_K), device=kept_K.device), target_KD)
     return fitted_KD.T
+
+
+def narrowed_config(form: Form, num_neurons: int, num_groups: int, num_channels: int) -> dict[str, Any]:
+    """A config.json for the model that has only so many neurons, key-value heads and channels."""
+    return {
+        **form.config,
+        "hidden_size": num_channels,
+        "intermediate_size": num_neurons,
+        "num_attention_heads": num_groups * (form.num_heads // form.num_kv_heads),
+        "num_key_value_heads": num_groups,
+        "head_dim": form.head_dim,
+    }
+
+
+def narrowed(source: HFCheckpoint, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+    """What stays of a Llama's or Qwen2's tensors, by the names of Hugging Face's files.
+
+    Raises:
+        ConfigError: a tensor that no Llama or Qwen2 has.
+    """
+    form = Form(source.config)
+    for name, tensor in source.tensors(spec.name for spec in source.specs):
+        match = _TENSOR.fullmatch(name)
+        cut = _cut(tensor, match, kept, form) if match else None
+        if cut is None:
+            raise ConfigError(Problem("checkpoint_dir", name, "the tensors of a Llama or Qwen2"))
+        yield name, cut.to(tensor.dtype)
+
+
+def _cut(tensor: Tensor, match: re.Match[str], kept: Kept, form: Form) -> Tensor | None:
+    """What stays of a tensor; None for one that is not known."""
+    module, channels = match[2].rpartition(".")[2], kept.channels_K
+    if match[1] is None:
+        if module == "norm":
+            return tensor[channels] * kept.norm_factors[-1]
+        return tensor[:, channels] if module in ("embed_tokens", "lm_head") else None
+    block = int(match[1])
+    if module in _NORMS:
+        return tensor[channels] * kept.norm_factors[2 * block + _NORMS.index(module)]
+    neurons_K, groups_K = kept.neurons_LK[block], kept.groups_LK[block]
+    rows = {
+        "gate_proj": neurons_K,
+        "up_proj": neurons_K,
+        "q_proj": of_groups(groups_K, form.num_heads // form.num_kv_heads * form.head_dim),
+        "k_proj": of_groups(groups_K, form.head_dim),
+        "v_proj": of_groups(groups_K, form.head_dim),
+    }
+    fitted = {"down_proj": kept.down_LDK[block], "o_proj": kept.output_LDK[block]}
+    if module in rows:
+        return tensor[rows[module]][:, channels] if tensor.ndim == 2 else tensor[rows[module]]
+    if module in fitted:
+        new = fitted[module]
+        return (tensor if new is None else new)[channels]
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
@@ -16,6 +18,7 @@ from kd_recipes.batch import Batch
 from kd_recipes.signals import DenseSignal, Tap
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in the names of blocks whose activations are recomputed
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original")  # a weight that something is computed from
 
 
 class Student:
@@ -26,6 +29,8 @@ class Student:
         model_cfg: the section that built it; its LoRA settings say how to merge.
         checkpointer: the torchtune checkpointer that loaded it; it writes in the form that it read.
         export_dtype: of the weights that :meth:`export` writes.
+        compute_dtype: of the weights in the forward pass, which is what those in ``schemes`` are rounded from.
+        schemes: name of a parameter -> the lattice that it is trained on, and written as codes of.
         taps: places inside it whose features its signal carries.
         recompute_activations: trade a second forward pass of each block for its activations' memory.
         offload_activations: keep them in host memory (CUDA only).
@@ -39,6 +44,8 @@ class Student:
         checkpointer: Any,
         *,
         export_dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
+        schemes: Mapping[str, str] | None = None,
         taps: Collection[Tap] = (),
         recompute_activations: bool = False,
         offload_activations: bool = False,
@@ -48,7 +55,8 @@ class Student:
         self.is_adapted = _torchtune.freeze_all_but_adapters(model)
         self._model_cfg = model_cfg
         self._checkpointer = checkpointer
-        self._export_dtype = export_dtype
+        self._export_dtype, self._compute_dtype = export_dtype, compute_dtype or export_dtype
+        self._schemes = schemes or {}
         self._headless = _torchtune.Headless(
             model,
             taps,
@@ -63,7 +71,7 @@ class Student:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that a step changes, by name."""
-        named = ((name.replace(_CHECKPOINT_WRAPPER, ""), p) for name, p in self.model.named_parameters())
+        named = ((_plain(name), p) for name, p in self.model.named_parameters())
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def export(self, weights: Mapping[str, Tensor], directory: Path, *, adapter_only: bool = False) -> None:
@@ -76,5 +84,14 @@ class Student:
             directory: where the files go.
             adapter_only: write the adapter alone.
         """
-        contents = _torchtune.merged_student(weights, self._model_cfg, self._export_dtype)
+        named = {_plain(name): weight for name, weight in weights.items()}
+        contents = _torchtune.merged_student(named, self._model_cfg, self._export_dtype)
+        model = contents[training.MODEL_KEY]
+        model |= {name: named[name].detach().cpu().to(self._compute_dtype) for name in self._schemes}
+        contents["schemes"] = self._schemes
         _torchtune.save_checkpoint(self._checkpointer, contents, directory, adapter_only)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name, whatever has been wrapped around its module or it."""
+    return _PARAMETRIZED.sub(r"\1", name.replace(_CHECKPOINT_WRAPPER, ""))

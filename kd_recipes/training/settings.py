@@ -34,6 +34,12 @@ KEYS = (
     Key("teacher_checkpointer", "component"),
     Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=is_dtype_name),
     Key("teacher_device", "str", wanted="a device; the student's by default"),
+    Key(
+        "student_constraints",
+        "components",
+        wanted="what the student's weights are held to, of kd_recipes.compression: KeepZeros, GradualSparsity, "
+        "QuantizationAwareTraining",
+    ),
     # data
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1),

@@ -16,13 +16,17 @@ from torchtune.training import FullModelHFCheckpointer
 
 from kd_recipes.compression import (
     DepthPruning,
+    HFCheckpoint,
     block_influence,
     choose_blocks,
-    prune_depth_checkpoint,
+    cross_entropy,
     read_checkpoint,
+    sections,
 )
+from kd_recipes.compression.depth import keep_blocks, report
 from kd_recipes.errors import ConfigError
-from kd_recipes.models import checkpointer_model_type, llama
+from kd_recipes.models import checkpointer_model_type
+from toy import calibration
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -76,12 +80,13 @@ def load_in_torchtune(directory: Path) -> Any:
     return model.eval()
 
 
-def tiny_model() -> Any:
-    torch.manual_seed(1)
-    model = llama(48, 4, 4, 2, 32, 64, intermediate_dim=40)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def write_sections(directory: Path) -> None:
+    """model.yaml, as a compressed checkpoint has it."""
+    OmegaConf.save(sections(directory), directory / "model.yaml")
+
+
+def prune(source: Path, destination: Path, keep: tuple[int, ...], **settings: Any) -> HFCheckpoint:
+    return keep_blocks(read_checkpoint(source), destination, keep, record={"step": "test"}, **settings)
 
 
 def oracle_influence(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> np.ndarray:
@@ -101,52 +106,56 @@ def oracle_influence(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor 
     return 1 - np.array([np.mean(values) for values in cosines])
 
 
-def test_influence_is_one_minus_the_mean_cosine_of_valid_tokens() -> None:
-    model = tiny_model()
+def test_influence_is_one_minus_the_mean_cosine_of_valid_tokens(source: Path) -> None:
     ragged_BS = torch.arange(20).expand(3, 20) < torch.tensor([[20], [3], [0]])
     batches = [(TOKENS_BS, ragged_BS), (TOKENS_BS[:1, :5], None)]
-    influence_L = block_influence(model, batches)
+    write_sections(source)
+    influence_L = block_influence(read_checkpoint(source), calibration(batches))
     assert influence_L.dtype == torch.float32
-    np.testing.assert_allclose(influence_L.numpy(), oracle_influence(model, batches), atol=2e-7)
+    np.testing.assert_allclose(influence_L.numpy(), oracle_influence(load_in_torchtune(source), batches), atol=2e-7)
 
 
-def test_what_stands_in_masked_places_does_not_matter() -> None:
-    model = tiny_model()
+def test_what_stands_in_masked_places_does_not_matter(source: Path) -> None:
     valid_BS = torch.arange(20).expand(3, 20) < 11
     padded_BS = torch.where(valid_BS, TOKENS_BS, 0)
+    checkpoint = read_checkpoint(source)
     torch.testing.assert_close(
-        block_influence(model, [(padded_BS, valid_BS)]), block_influence(model, [(TOKENS_BS[:, :11], None)])
+        block_influence(checkpoint, calibration([(padded_BS, valid_BS)])),
+        block_influence(checkpoint, calibration([(TOKENS_BS[:, :11], None)])),
     )
 
 
-def test_influence_leaves_the_model_as_it_was() -> None:
-    model = tiny_model()
-    logits = model(TOKENS_BS)
-    block_influence(model, [(TOKENS_BS, None)])
-    with pytest.raises(IndexError):
-        block_influence(model, [(torch.full((1, 4), 999), None)])
-    assert torch.equal(model(TOKENS_BS), logits)
-    assert not any(block._forward_hooks for block in model.layers)
-    model.unembed = lambda hidden: hidden[:, :1]  # a head that somebody else has taken off
-    block_influence(model, [(TOKENS_BS, None)])
-    assert model(TOKENS_BS).shape == (3, 1, 32)
-
-
-def test_influence_computes_no_logits() -> None:
-    model = tiny_model()
-    model.output = None
-    assert block_influence(model, [(TOKENS_BS, None)]).shape == (4,)
-
-
-def test_influence_of_nothing_or_of_damaged_weights_is_refused() -> None:
-    model = tiny_model()
-    with pytest.raises(ConfigError, match="calibration text"):
-        block_influence(model, [])
-    with pytest.raises(ConfigError, match="calibration text"):
-        block_influence(model, [(TOKENS_BS, torch.zeros_like(TOKENS_BS, dtype=torch.bool))])
-    torch.nn.init.constant_(model.layers[2].mlp.w1.weight, float("nan"))
+def test_influence_of_nothing_or_of_damaged_weights_is_refused(tmp_path: Path) -> None:
+    source = save_random_checkpoint(tmp_path / "source")
+    checkpoint = read_checkpoint(source)
+    for text in ([], [(TOKENS_BS, torch.zeros_like(TOKENS_BS, dtype=torch.bool))]):
+        with pytest.raises(ConfigError, match="calibration text"):
+            block_influence(checkpoint, calibration(text))
+    model = load_hf(source)
+    torch.nn.init.constant_(model.model.layers[2].mlp.up_proj.weight, float("nan"))
+    model.save_pretrained(source)
     with pytest.raises(ConfigError, match="not finite"):
-        block_influence(model, [(TOKENS_BS, None)])
+        block_influence(checkpoint, calibration([(TOKENS_BS, None)]))
+
+
+def test_by_loss_the_block_that_is_missed_least_goes_first(tmp_path: Path) -> None:
+    """A block without effect turns nothing; one whose absence the text likes is found by the loss alone."""
+    source = read_checkpoint(save_random_checkpoint(tmp_path / "source"))
+    text = calibration([(TOKENS_BS, None)])
+    losses = {block: cross_entropy(source, text, [i for i in range(4) if i != block]) for block in range(4)}
+    method = DepthPruning(num_blocks=3, protected=(), criterion="loss", shortlist=4)
+    pruned = method.apply(source, tmp_path / "pruned", text)
+    (record,) = json.loads((tmp_path / "pruned" / "compression.json").read_text())["steps"]
+    assert set(range(4)) - set(record["kept_blocks"]) == {min(losses, key=losses.__getitem__)}
+    assert cross_entropy(pruned, text) == pytest.approx(min(losses.values()), abs=1e-5)
+    assert (record["step"], record["criterion"], record["num_blocks"]) == ("DepthPruning", "loss", 3)
+
+
+def test_report_marks_what_goes() -> None:
+    lines = report([1.0, 0.02, 0.04, 0.04], keep=(0, 2, 3)).splitlines()
+    assert lines[1].endswith(">  kept")
+    assert lines[2].split() == ["1", "0.0200", "####", "dropped"]
+    assert report([0.0, 0.0], keep=(0, 1)).count("kept") == 2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,7 @@ def test_settings_that_do_not_suit_the_model(settings: dict[str, Any]) -> None:
     "settings", [{}, {"num_blocks": 2, "keep_ratio": 0.5}, {"num_blocks": 0}, {"keep_ratio": 0.0}, {"keep_ratio": 1.5}]
 )
 def test_settings_that_say_nothing_or_too_much(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="method"):
+    with pytest.raises(ConfigError, match=r"\.num_blocks|\.keep_ratio"):
         DepthPruning(**settings)
 
 
@@ -200,21 +209,21 @@ def test_a_ratio_is_rounded_to_whole_blocks() -> None:
     assert DepthPruning(num_blocks=20).num_keep(30) == 20
 
 
-@pytest.mark.parametrize("max_file_bytes", [10**9, 1], ids=["one file", "as sharded as the source"])
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000], ids=["one file", "several"])
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
 def test_pruned_checkpoint_computes_what_the_model_without_the_blocks_does(
     tmp_path: Path, shard_size: str, max_file_bytes: int
 ) -> None:
     source = save_random_checkpoint(tmp_path / "source", max_shard_size=shard_size)
-    pruned = prune_depth_checkpoint(source, tmp_path / "pruned", KEEP, max_file_bytes=max_file_bytes)
-    is_sharded = shard_size == "20KB" and max_file_bytes == 1
+    pruned = prune(source, tmp_path / "pruned", KEEP, max_file_bytes=max_file_bytes)
+    is_sharded = max_file_bytes == 20_000
     assert (len(pruned.shards) > 1) is is_sharded
-    assert (tmp_path / "pruned" / "model.safetensors.index.json").exists() is (max_file_bytes == 1)
+    assert (tmp_path / "pruned" / "model.safetensors.index.json").exists() is is_sharded
     assert_same_function(source, tmp_path / "pruned")
 
 
 def test_every_family_survives(source: Path, tmp_path: Path) -> None:
-    prune_depth_checkpoint(source, tmp_path / "pruned", KEEP)
+    prune(source, tmp_path / "pruned", KEEP)
     assert_same_function(source, tmp_path / "pruned")
 
 
@@ -230,23 +239,23 @@ def assert_same_function(source: Path, pruned: Path) -> None:
 
 
 def test_what_lies_beside_the_weights(source: Path, tmp_path: Path) -> None:
-    prune_depth_checkpoint(source, tmp_path / "pruned", KEEP, record={"block_influence": [0.1]})
+    prune(source, tmp_path / "pruned", KEEP)
     names = {path.name for path in (tmp_path / "pruned").iterdir()}
     companions = {"tokenizer.json", "generation_config.json"}
-    assert names == {"model.safetensors", "config.json", "model.yaml", "pruning.json", *companions}
+    assert names == {"model.safetensors", "config.json", "model.yaml", "compression.json", *companions}
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "pruned"))
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= {"num_hidden_layers", "layer_types", "max_window_layers"}
     assert len(after.get("layer_types") or KEEP) == after["num_hidden_layers"] == len(KEEP)
-    (record,) = json.loads((tmp_path / "pruned" / "pruning.json").read_text())["steps"]
-    assert record == {"source": str(source), "num_blocks": 4, "kept_blocks": [1, 3], "block_influence": [0.1]}
+    (record,) = json.loads((tmp_path / "pruned" / "compression.json").read_text())["steps"]
+    assert record == {"step": "test"}
 
 
 @pytest.mark.parametrize("keep", [(), (0, 4), (2, 0), (1, 1), (-1,)])
 def test_blocks_that_are_not_there_are_refused(tmp_path: Path, keep: tuple[int, ...]) -> None:
     source = save_random_checkpoint(tmp_path / "source")
     with pytest.raises(ConfigError, match="ascending indices"):
-        prune_depth_checkpoint(source, tmp_path / "pruned", keep)
+        prune(source, tmp_path / "pruned", keep)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

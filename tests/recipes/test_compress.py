@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kd_recipes import compress, entry
 from kd_recipes.config import load_and_validate
+from kd_recipes.parts import load_model
 
 TUNE = Path(sys.executable).with_name("tune")
+TOKENS = torch.arange(24)[None]
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
 
@@ -47,13 +49,17 @@ def config(teacher: Path, tmp_path: Path) -> Path:
     """A config of a run in ``tmp_path``, made from the shipped one."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(8)))
     cfg = OmegaConf.load(Path(__file__).parents[2] / "configs" / "prune_depth.yaml")
-    cfg.model.update(vocab_size=257, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32)
-    cfg.model.update(intermediate_dim=48, max_seq_len=128, rope_base=10_000, norm_eps=1e-6)
-    cfg.checkpointer.checkpoint_dir = cfg.tokenizer.path = str(teacher)
+    cfg.checkpoint_dir = cfg.tokenizer.path = str(teacher)
     cfg.tokenizer.max_seq_len = 128
     cfg.dataset.update(data_files=str(tmp_path / "text.jsonl"), split="train", cache_dir=str(tmp_path / "cache"))
-    cfg.update(num_calibration_tokens=300, sequence_length=64, output_dir=str(tmp_path / "pruned"), dtype="fp32")
-    cfg.method.num_blocks = 3
+    cfg.update(
+        num_calibration_tokens=300,
+        num_held_out_tokens=100,
+        sequence_length=64,
+        output_dir=str(tmp_path / "pruned"),
+        dtype="fp32",
+    )
+    cfg.compress.num_blocks = 3
     OmegaConf.save(cfg, tmp_path / "config.yaml")
     return tmp_path / "config.yaml"
 
@@ -74,33 +80,136 @@ def test_tune_run_writes_a_smaller_model_that_loads(config: Path) -> None:
     assert "Blocks:     4 -> 3" in result.stdout
     pruned = config.parent / "pruned"
     assert AutoModelForCausalLM.from_pretrained(pruned).config.num_hidden_layers == 3
-    record = json.loads((pruned / "pruning.json").read_text())["steps"][-1]
+    (record,) = json.loads((pruned / "compression.json").read_text())["steps"]
     assert record["kept_blocks"] == [0, 2, 3]
-    assert record["num_calibration_tokens"] == 300
     assert record["block_influence"][1] == min(record["block_influence"])
+    figures = record["figures"]
+    assert figures["num_calibration_tokens"] + figures["num_held_out_tokens"] <= 400
+    assert figures["perplexity_after"] == pytest.approx(figures["perplexity_before"], rel=0.02)  # block 1 is not missed
+    assert f"-> {figures['perplexity_after']:.2f} on {figures['num_held_out_tokens']} tokens" in result.stdout
     assert (pruned / "tokenizer_config.json").is_file()
-    section = OmegaConf.load(pruned / "model.yaml")
-    assert OmegaConf.to_yaml(section) in result.stdout
-    assert section.model == {**OmegaConf.load(config).model, "num_layers": 3, "tie_word_embeddings": True}
+    found = OmegaConf.load(pruned / "model.yaml")
+    assert OmegaConf.to_yaml(found) in result.stdout
+    assert found.model.num_layers == 3
+    assert found.checkpointer.checkpoint_dir == str(pruned)
+    assert not list(config.parent.glob(".pruned*"))
+
+
+STEPS = {
+    "depth": {"_component_": "kd_recipes.compression.DepthPruning", "num_blocks": 3},
+    "width": {"_component_": "kd_recipes.compression.WidthPruning", "intermediate_dim": 32},
+    "budget": {"_component_": "kd_recipes.compression.Budget", "num_parameters": 0.8, "multiple_of": 1},
+    "sparse": {"_component_": "kd_recipes.compression.Sparsification", "pattern": "2:4"},
+    "low_rank": {"_component_": "kd_recipes.compression.LowRank", "ratio": 0.8},
+    "tucker": {"_component_": "kd_recipes.compression.TensorDecomposition", "ratio": 0.8},
+    "int8": {"_component_": "kd_recipes.compression.Quantization", "scheme": "int8_g8", "method": "round"},
+    "binary": {"_component_": "kd_recipes.compression.Quantization", "scheme": "binary_g8"},
+    "dense": {"_component_": "kd_recipes.compression.ToDense"},
+}
+
+
+def write_steps(config: Path, *names: str) -> Path:
+    cfg = OmegaConf.load(config)
+    cfg.compress = [STEPS[name] for name in names]
+    OmegaConf.save(cfg, config)
+    return config
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_step_alone(name: str, config: Path) -> None:
+    assert entry.run_recipe("compress", ["--config", str(write_steps(config, name))]) == 0
+    assert load_sections(config.parent / "pruned").eval()(TOKENS).isfinite().all()
+
+
+def load_sections(directory: Path) -> Any:
+    found = OmegaConf.load(directory / "model.yaml")
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    return load_model("model", found.model, found.checkpointer, **settings).model
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("depth", "width", "sparse", "int8"),
+        ("width", "low_rank", "int8", "depth", "dense"),
+        ("tucker", "low_rank", "dense", "width"),
+        ("sparse", "depth", "sparse"),
+    ],
+)
+def test_steps_in_sensible_orders(names: tuple[str, ...], config: Path) -> None:
+    assert entry.run_recipe("compress", ["--config", str(write_steps(config, *names))]) == 0
+    pruned = config.parent / "pruned"
+    steps = json.loads((pruned / "compression.json").read_text())["steps"]
+    kinds = [STEPS[name]["_component_"].rpartition(".")[2] for name in names]
+    assert [step["step"] for step in steps] == kinds
+    assert load_sections(pruned).eval()(TOKENS).isfinite().all()
+    assert not list(config.parent.glob(".pruned*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("sparse", "binary"), "compress[1].scheme: got 'binary_g8', wanted a scheme that has a zero"),
+        (("sparse", "width"), "compress[1]._component_: got 'pruning of widths of a model with 2:4 zeros"),
+        (("sparse", "low_rank"), "compress[1]._component_: got 'decomposition of a model with 2:4 zeros"),
+        (("int8", "width"), "compress[1]._component_: got 'pruning of widths of weights in int8_g8"),
+        (("int8", "int8"), "compress[1]._component_: got 'quantization of weights in int8_g8"),
+        (("low_rank", "width"), "kd_recipes.compression.ToDense between them"),
+        (("low_rank", "sparse"), "got 'sparsification of factors', wanted whole matrices"),
+        (("depth", "depth", "width", "binary", "tucker"), "compress[4]._component_"),
+    ],
+)
+def test_a_step_that_would_undo_another_is_refused(
+    names: tuple[str, ...], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.run_recipe("compress", ["--config", str(write_steps(config, *names))]) == entry.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not list(config.parent.glob("*pruned*"))
+
+
+def test_a_run_cut_off_goes_on_after_the_last_step_done(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(config, "depth", "width")
+    with monkeypatch.context() as context:
+        context.setattr("kd_recipes.compression.width.narrowed", fail)
+        with pytest.raises(RuntimeError, match="made to fail"):
+            entry.run_recipe("compress", ["--config", str(config)])
+    left = config.parent / ".pruned.steps"
+    assert {path.name for path in left.iterdir()} == {"plan.json", "00_DepthPruning"}
+    capsys.readouterr()
+    assert entry.run_recipe("compress", ["--config", str(config)]) == 0
+    assert "DepthPruning: done before" in capsys.readouterr().out
+    assert not left.exists()
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("made to fail")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["~method.num_blocks", "method.keep_ratio=0.1"], "method: got '0 blocks to keep', wanted from 1 to 4"),
-        (["method.num_blocks=5"], "method: got '5 blocks to keep', wanted from 1 to 4"),
-        (["method.num_blocks=1"], "the protected blocks [0, 3]"),
-        (["method.keep_ratio=0.5"], "exactly one of num_blocks and keep_ratio"),
-        (["~method.num_blocks"], "exactly one of num_blocks and keep_ratio"),
-        (["method._component_=torch.nn.Identity"], "wanted kd_recipes.compression.DepthPruning or WidthPruning"),
+        (
+            ["~compress.num_blocks", "compress.keep_ratio=0.1"],
+            "compress.num_blocks: got '0 blocks to keep', wanted from 1 to 4",
+        ),
+        (["compress.num_blocks=5"], "compress.num_blocks: got '5 blocks to keep', wanted from 1 to 4"),
+        (["compress.num_blocks=1"], "the protected blocks [0, 3]"),
+        (["compress.keep_ratio=0.5"], "exactly one of num_blocks and keep_ratio"),
+        (["~compress.num_blocks"], "exactly one of num_blocks and keep_ratio"),
+        (
+            ["compress._component_=torch.nn.Identity", "~compress.num_blocks", "~compress.criterion"],
+            "wanted a step of kd_recipes",
+        ),
         (["dataset.split=train[:0]"], "dataset: "),
         (["dataset.data_files=nowhere.jsonl"], "dataset: "),
-        (["sequence_length=129"], "at most 128, the model's max_seq_len"),
-        (["model.num_layers=3"], "wanted the model that the checkpoint holds"),
-        (["model.vocab_size=200"], "ids below 200"),
-        (["model.num_heads=5"], "a model that can be built"),
-        (["checkpointer.checkpoint_dir=nowhere"], "nowhere/config.json"),
-        (["checkpointer.checkpoint_files=[other.safetensors]"], "a checkpoint that can be read"),
+        (["sequence_length=129"], "at most 128, the model's max_position_embeddings"),
+        (["checkpoint_dir=nowhere"], "nowhere/config.json"),
+        (["compress=abc"], "compress._component_: got 'abc'"),
+        (["compress.shortlist=0"], "compress.shortlist: got 0"),
+        (["compress.criterion=luck"], "compress.criterion: got 'luck', wanted influence or loss"),
+        (["num_calibration_tokens=1", "num_held_out_tokens=1"], "other text to judge by"),
         (["device=abacus"], "device: got 'abacus'"),
         (["tokenizer.path=nowhere"], "tokenizer.path: got 'nowhere'"),
     ],
@@ -118,10 +227,12 @@ def test_an_occupied_directory_is_left_alone(config: Path, capsys: pytest.Captur
     result = config.parent / "pruned" / "result.txt"
     result.parent.mkdir()
     result.write_text("precious")
-    argv = ["--config", str(config), "method.num_blocks=null", "device=abacus"]
+    argv = ["--config", str(config), "compress.num_blocks=null", "device=abacus"]
     assert entry.run_recipe("compress", argv) == entry.EXIT_BAD_INPUT
     errors = capsys.readouterr().err
-    assert all(f"  - {key}: got" in errors for key in ("output_dir", "device", "method"))  # all of them at once
+    assert all(
+        f"  - {key}: got" in errors for key in ("output_dir", "device", "compress.num_blocks")
+    )  # all of them at once
     assert [path.name for path in result.parent.iterdir()] == ["result.txt"]
 
 
@@ -141,12 +252,8 @@ def test_calibration_windows_are_cut_from_single_samples() -> None:
     assert sorted(int(tokens[0, 0]) for tokens, _ in everything) == [0, 1, 2, 3]
 
 
-def test_report_marks_what_goes() -> None:
-    lines = compress.report([1.0, 0.02, 0.04, 0.04], keep=(0, 2, 3)).splitlines()
-    assert lines[1].endswith(">  kept")
-    assert lines[2].split() == ["1", "0.0200", "####", "dropped"]
-    assert compress.report([0.0, 0.0], keep=(0, 1)).count("kept") == 2
-
-
-def test_the_shipped_config_is_valid() -> None:
-    load_and_validate("prune_depth", recipe="compress")
+@pytest.mark.parametrize(
+    "name", ["compress", "low_rank", "prune_budget", "prune_depth", "prune_width", "quantize", "sparsify"]
+)
+def test_the_shipped_configs_are_valid(name: str) -> None:
+    load_and_validate(name, recipe="compress")
