@@ -44,7 +44,7 @@ def zero_mask(scores_OI: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
     Returns:
         bool ``[O, I]``, True where a connection goes.
     """
-    num_zeros = round(sparsity * scores_OI.shape[1])
+    num_zeros = min(round(sparsity * scores_OI.shape[1]), scores_OI.shape[1] - 1)  # a row that is empty is dead
     if pattern == "2:4":
         groups_OG4 = scores_OI.unflatten(1, (-1, 4))
         rank_OG4 = groups_OG4.argsort(dim=-1, stable=True).argsort(dim=-1)

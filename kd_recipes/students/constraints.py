@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Constraints:
         for sparsity in (found for found in constraints if isinstance(found, GradualSparsity)):
             sparse = replace(form, zeros=sparsity.pattern)
             for index in lattices:
-                within(keys[index], lambda index=index, form=sparse: constraints[index].check(form))
+                within(keys[index], partial(constraints[index].check, sparse))
         if lattices:
             _require_codes(cfg.checkpointer)
         return cls(constraints)
