@@ -11,12 +11,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-    IntxUnpackedToInt8TensorActivationQuantization,
-)
 
 from kd_recipes import lattices
+from kd_recipes.compression.torchao_tensors import as_torchao
 from kd_recipes.errors import ConfigError
 from kd_recipes.lattices import (
     Quantized,
@@ -292,20 +289,6 @@ def test_a_point_of_the_lattice_with_its_largest_element_stays_where_it_is(name:
         codes = torch.where(codes >= 0, 1.0, -1.0)
     point = codes * 0.03125
     assert torch.equal(quantize(point, scheme).dequantize(), point)
-
-
-def as_torchao(quantized: Quantized, dtype: torch.dtype) -> IntxUnpackedToInt8Tensor:
-    scheme = quantized.scheme
-    per_token = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
-    return IntxUnpackedToInt8Tensor(
-        quantized.codes,
-        quantized.scales,
-        torch.zeros_like(quantized.scales, dtype=torch.int8),
-        getattr(torch, f"int{scheme.bits}"),
-        (1, scheme.group_size or quantized.codes.shape[1]),
-        dtype,
-        per_token if scheme.dynamic_activations else None,
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

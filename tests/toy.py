@@ -22,10 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torchtune.training.metric_logging import DiskLogger
 
-from kd_recipes.compression import Text
+from kd_recipes.compression import Text, sections
 from kd_recipes.config import load_and_validate
 from kd_recipes.distill import DistillRecipe
 from kd_recipes.models import checkpointer_model_type, model_section
+from kd_recipes.parts import load_model
 from kd_recipes.training.checkpoint import WEIGHTS
 from kd_recipes.training.sharded import read_shapes, read_tensors
 
@@ -116,6 +117,13 @@ def calibration(batches: list[tuple[Tensor, Tensor | None]]) -> Text:
 
 
 # ---------------------------------------------------------------------------------------------------------- models
+def load_sections(directory: Path) -> Any:
+    """A model as its model.yaml says; of a directory that has none, as it should."""
+    found = OmegaConf.load(directory / "model.yaml") if (directory / "model.yaml").exists() else sections(directory)
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    return load_model("model", found.model, found.checkpointer, **settings).model.eval()
+
+
 def save_model(directory: Path, model_type: str = "llama", *, seed: int = 0, **settings: Any) -> Any:
     """A random model written by transformers; its weights are large enough for predictions that differ by context."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchtune import training
 
 from kd_recipes.compression.checkpoint import read_checkpoint, write_checkpoint
-from kd_recipes.compression.stream import as_tune, packed, to_file
+from kd_recipes.compression.convert import as_tune, packed, to_file
 from kd_recipes.lattices import Scheme, quantize
 
 SCHEMES = "schemes"  # in what is saved: name of a parameter -> its scheme

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kd_recipes.compression.checkpoint import HFCheckpoint, block_of, write_checkpoint
+from kd_recipes.compression.convert import as_tune, to_file
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
-from kd_recipes.compression.stream import Text, as_tune, to_file
+from kd_recipes.compression.stream import Text
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
-from kd_recipes.compression.checkpoint import HFCheckpoint
 from kd_recipes.errors import ConfigError, Problem
 
 _FEW = 0.05  # share of zeros below which they are there by chance
@@ -109,21 +107,6 @@ class Form:
         if zeros and self.zeros != "none":
             got = f"{what} of a model with {self.zeros} zeros, which it would fill in"
             raise ConfigError(Problem("._component_", got, "a model without", first))
-
-
-def form_of(source: HFCheckpoint) -> Form:
-    """Of a checkpoint; of its weights one is read, for what zeros there are."""
-    from kd_recipes.compression.stream import as_tune  # which asks forms for shapes
-
-    names = [name for name in source.names(0) if ".up_proj.weight" in name]  # or its codes
-    patterns = [zero_pattern(tensor) for tensor in as_tune(source, names).values()]
-    ranks = [rank for ranks in source.ranks.values() for rank in ranks]
-    return Form(
-        source.config,
-        zeros=patterns[0] if patterns else "none",
-        rank_multiple=math.gcd(*ranks) if ranks else 0,
-        schemes=frozenset(source.schemes.values()),
-    )
 
 
 def zero_pattern(weight_OI: Tensor) -> Zeros:

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from kd_recipes._torchtune.names import to_hf
 from kd_recipes.compression import decomposition
 from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
+from kd_recipes.compression.convert import as_tune, to_file
 from kd_recipes.compression.decomposition import Factors
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
-from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text, as_tune, to_file
+from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.layers import LowRankLinear
 

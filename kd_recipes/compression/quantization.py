@@ -19,9 +19,10 @@ from torch.nn.utils import parametrize
 
 from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
 from kd_recipes.compression.constraint import Constraint
+from kd_recipes.compression.convert import as_tune, packed, to_file
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
-from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text, as_tune, packed, to_file
+from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.lattices import Scheme, fake_quantize, gptq, quantize
 from kd_recipes.layers import LowRankEmbedding, LowRankLinear

@@ -20,11 +20,10 @@ from torchtune.modules import TiedLinear
 from tqdm import tqdm
 
 from kd_recipes import _torchtune
-from kd_recipes._torchtune.names import rows_to_hf, rows_to_tune, to_hf, to_tune
 from kd_recipes.compression.checkpoint import HFCheckpoint, sections
-from kd_recipes.compression.form import Form
+from kd_recipes.compression.convert import as_tune, packed, to_file, tune_name
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.lattices import Quantized, Scheme, pack, unpack
+from kd_recipes.lattices import Quantized
 from kd_recipes.layers import LowRankLinear
 from kd_recipes.parts import build_model
 
@@ -75,10 +74,6 @@ class Block:
     inputs: list[Tensor]
     text: Text
     schemes: dict[str, str] = field(default_factory=dict)
-
-    def linears(self) -> dict[str, nn.Module]:
-        """Its linear layers, by name within the block."""
-        return {name: self.layer.get_submodule(name) for name in INPUT_OF}
 
     def weight(self, name: str) -> Tensor:
         """The weight ``[O, I]`` of a linear layer, float32, as precise as the file has it, on the text's device."""
@@ -208,7 +203,7 @@ class Stream:
         if state is None:
             prefix = f"{name}."
             outside = self.source.names(None)
-            names = [file_name for file_name in outside if _tune_name(file_name, self.source).startswith(prefix)]
+            names = [file_name for file_name in outside if tune_name(file_name, self.source).startswith(prefix)]
             state = {k.removeprefix(prefix): v for k, v in as_tune(self.source, names).items()}
         module.load_state_dict(state)
         _torchtune.compute_positions(module, self.text.device)
@@ -260,61 +255,6 @@ def cross_entropy(source: HFCheckpoint, text: Text, blocks: Sequence[int] | None
     for _ in stream:
         pass
     return stream.cross_entropy()
-
-
-def as_tune(source: HFCheckpoint, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by torchtune's names, rows in its order; codes have become what they stand for.
-
-    Left out is what a model has no place for: a tied head that is repeated, and the frequencies of old rotations.
-
-    Raises:
-        ConfigError: a tensor that no Llama or Qwen2 has.
-    """
-    state: dict[str, Tensor] = {}
-    coded = {name.rpartition(".")[0]: name for name in names if name.endswith(".codes")}
-    plain = [name for name in names if not name.endswith((".codes", ".scales"))]
-    repeated = ("lm_head.weight",) if source.config.get("tie_word_embeddings", False) else ()
-    for name, tensor in source.tensors(name for name in plain if not name.endswith((".inv_freq", *repeated))):
-        key = _tune_name(name, source)
-        state[key] = rows_to_tune(key, tensor, source.config)
-    for name in coded:
-        (_, packed_codes), (_, scales_OG) = source.tensors([f"{name}.codes", f"{name}.scales"])
-        key = _tune_name(name, source)
-        scheme = Scheme.parse(source.schemes[key])
-        codes_OI = unpack(packed_codes, scheme.bits, _in_dim(key, source), is_ternary=scheme.kind == "ternary")
-        quantized = Quantized(codes_OI, scales_OG, scheme)
-        state[key] = rows_to_tune(key, quantized.dequantize(), source.config)
-    return state
-
-
-def _in_dim(key: str, source: HFCheckpoint) -> int:
-    """Inputs of a parameter; bytes of packed codes do not tell them, since the last one may not be full."""
-    layer, _, part = key.rpartition(".")
-    if part in ("u", "s"):
-        return int(source.ranks[layer][0])
-    form = Form(source.config)
-    return form.shapes[layer.split(".", 2)[2]][1] if layer.startswith("layers.") else form.embed_dim
-
-
-def _tune_name(name: str, source: HFCheckpoint) -> str:
-    try:
-        return to_tune(name)
-    except KeyError as error:
-        wanted = "the tensors of a Llama or Qwen2"
-        raise ConfigError(Problem("checkpoint_dir", f"{name} in {source.directory}", wanted)) from error
-
-
-def packed(key: str, quantized: Quantized) -> dict[str, Tensor]:
-    """A quantized parameter as files have it."""
-    scheme = quantized.scheme
-    codes = pack(quantized.codes, scheme.bits, is_ternary=scheme.kind == "ternary")
-    return {f"{key}.codes": codes.cpu(), f"{key}.scales": quantized.scales.cpu()}
-
-
-def to_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by the names and in the order of rows of Hugging Face's files."""
-    for key, tensor in state.items():
-        yield to_hf(key), rows_to_hf(key, tensor, config)
 
 
 def require_finite(tensors: Any, where: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
+from kd_recipes.compression.convert import has_place
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Stream, Text
@@ -252,7 +253,7 @@ def narrowed(source: HFCheckpoint, kept: Kept) -> Iterator[tuple[str, Tensor]]:
         ConfigError: a tensor that no Llama or Qwen2 has.
     """
     form = Form(source.config)
-    for name, tensor in source.tensors(spec.name for spec in source.specs):
+    for name, tensor in source.tensors(spec.name for spec in source.specs if has_place(spec.name, source)):
         match = _TENSOR.fullmatch(name)
         cut = _cut(tensor, match, kept, form) if match else None
         if cut is None:

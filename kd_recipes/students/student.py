@@ -88,7 +88,8 @@ class Student:
         contents = _torchtune.merged_student(named, self._model_cfg, self._export_dtype)
         model = contents[training.MODEL_KEY]
         model |= {name: named[name].detach().cpu().to(self._compute_dtype) for name in self._schemes}
-        contents["schemes"] = self._schemes
+        if self._schemes:
+            contents["schemes"] = self._schemes
         _torchtune.save_checkpoint(self._checkpointer, contents, directory, adapter_only)
 
 

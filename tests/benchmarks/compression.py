@@ -43,22 +43,20 @@ class Row:
         constraint: on the student while it is distilled.
         lr: of the distillation.
         others: more settings of it.
-        starts_at_teacher: whether the student to distil is the teacher, and not what `steps` have left.
     """
 
     steps: list[dict[str, Any]]
     constraint: dict[str, Any] | None = None
     lr: float = 5e-4
     others: list[str] = field(default_factory=list)
-    starts_at_teacher: bool = False
 
 
 def quantized(scheme: str, lr: float, embeddings: str = "gguf_q8_0", others: tuple[str, ...] = ()) -> Row:
-    """After training (the column before), and with quantization-aware distillation (the column after)."""
+    """After training, and with quantization-aware distillation from there."""
     settings = {"scheme": scheme, "embeddings": embeddings}
     step = {"_component_": "Quantization", **settings}
     constraint = {"_component_": "QuantizationAwareTraining", **settings}
-    return Row([step], constraint, lr, list(others), starts_at_teacher=True)
+    return Row([step], constraint, lr, list(others))
 
 
 def low_rank(**settings: Any) -> Row:
@@ -74,12 +72,12 @@ ROWS = {
     "wanda_50": Row([{"_component_": "Sparsification", "sparsity": 0.5}], KEEP_ZEROS),
     "magnitude_50": Row([{"_component_": "Sparsification", "importance": "magnitude"}], KEEP_ZEROS),
     "wanda_2_4": Row([{"_component_": "Sparsification", "pattern": "2:4"}], KEEP_ZEROS),
-    "int2": quantized("int2_g64", 5e-4),
-    "int4": quantized("gguf_q4_0", 5e-5),
-    "int8": quantized("gguf_q8_0", 1e-5),
-    "int3": quantized("int3_g64", 2e-4),
-    "ternary": quantized("ternary_g64", 5e-4),
-    "binary": quantized("binary_g64", 5e-4),
+    "int2": quantized("int2_g64", 2e-3),
+    "int4": quantized("gguf_q4_0", 3e-4),
+    "int8": quantized("gguf_q8_0", 3e-5),
+    "int3": quantized("int3_g64", 1e-3),
+    "ternary": quantized("ternary_g64", 2e-3),
+    "binary": quantized("binary_g64", 2e-3),
     "svd_60": low_rank(ratio=0.6),
     "svd_60_plain": low_rank(ratio=0.6, whiten=False),
     "svd_60_budget": low_rank(budget=0.6),
@@ -90,7 +88,7 @@ ROWS = {
     "tucker_60": Row([{"_component_": "TensorDecomposition", "ratio": 0.6}]),
     "depth_1_2": Row([{"_component_": "DepthPruning", "num_blocks": 15}]),
     "depth_2_3_loss": Row([{"_component_": "DepthPruning", "num_blocks": 20, "criterion": "loss"}]),
-    "int2_labels": quantized("int2_g64", 5e-4, others=("kd_ratio=0",)),
+    "int2_labels": quantized("int2_g64", 2e-3, others=("kd_ratio=0",)),
 }
 
 
@@ -124,7 +122,7 @@ def distil(name: str, row: Row, before: Path) -> Path:
     directory = ROOT / f"{name}_after"
     if not (directory / "final" / "config.json").is_file():
         config = OmegaConf.load(find_config("quickstart_qad"))
-        source = sections(TEACHER if row.starts_at_teacher else before)
+        source = sections(before)
         place = source.checkpointer.checkpoint_dir
         config.model.checkpoint_dir = config.checkpointer.checkpoint_dir = place
         config.checkpointer.checkpoint_files = source.checkpointer.checkpoint_files

@@ -20,12 +20,10 @@ from kd_recipes.compression import (
     cross_entropy,
     form_of,
     read_checkpoint,
-    sections,
 )
 from kd_recipes.compression.budget import Candidate, report
 from kd_recipes.errors import ConfigError
-from kd_recipes.parts import load_model
-from toy import VOCABULARY, calibration, save_model
+from toy import VOCABULARY, calibration, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = calibration([(torch.randint(VOCABULARY, (4, 32), generator=GENERATOR), None)])
@@ -141,9 +139,7 @@ def test_the_candidate_of_least_loss_is_kept(tmp_path: Path, kind: str) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(written.directory).eval()
     assert sum(parameter.numel() for parameter in theirs.parameters()) == kept.num_parameters
     assert 0.98 * 0.7 * form.num_parameters <= kept.num_parameters <= 0.7 * form.num_parameters
-    section = sections(written.directory)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    ours = load_model("model", section.model, section.checkpointer, **arguments).model.eval()
+    ours = load_sections(written.directory)
     tokens_BS = TEXT.windows[0][0]
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens_BS), theirs(tokens_BS).logits, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,13 +23,12 @@ from kd_recipes.compression import (
     decomposition,
     form_of,
     read_checkpoint,
-    sections,
 )
-from kd_recipes.compression.stream import INPUT_OF, as_tune
+from kd_recipes.compression.convert import as_tune
+from kd_recipes.compression.stream import INPUT_OF
 from kd_recipes.errors import ConfigError
 from kd_recipes.layers import LowRankEmbedding, LowRankLinear
-from kd_recipes.parts import load_model
-from toy import VOCABULARY, calibration, hf_config, save_model
+from toy import VOCABULARY, calibration, hf_config, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = calibration([(torch.randint(VOCABULARY, (8, 48), generator=GENERATOR), None)])
@@ -38,25 +36,10 @@ TOKENS_BS = torch.randint(VOCABULARY, (2, 32), generator=GENERATOR)
 MATRICES = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96  # parameters of a block's
 
 
-@pytest.fixture(scope="module", params=["llama, tied", "llama, untied", "qwen2, tied", "qwen2, untied"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to read, never to write into."""
-    directory = tmp_path_factory.mktemp("source")
-    model_type, tied = request.param.split(", ")
-    save_model(directory, model_type, tie_word_embeddings=tied == "tied")
-    return directory
-
-
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     save_model(tmp_path / "source")
     return tmp_path / "source"
-
-
-def load(directory: Path) -> Any:
-    section = OmegaConf.load(directory / "model.yaml") if (directory / "model.yaml").exists() else sections(directory)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return load_model("model", section.model, section.checkpointer, **arguments).model.eval()
 
 
 @torch.no_grad()
@@ -74,7 +57,7 @@ def apply(method: Any, source: Path, destination: Path) -> Any:
 
 def kept_share(directory: Path, num_blocks: int = 2) -> float:
     """Of the parameters of the blocks' matrices."""
-    state = load(directory).state_dict()
+    state = load_sections(directory).state_dict()
     blocks = [value for name, value in state.items() if name.startswith("layers.") and value.ndim == 2]
     return sum(value.numel() for value in blocks) / (num_blocks * MATRICES)
 
@@ -95,12 +78,12 @@ def test_factors_compute_what_their_product_does(source: Path, tmp_path: Path, s
     written = apply(LowRank(**settings), source, tmp_path / "low")
     with pytest.raises(ValueError, match="kd_recipes"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "low")
-    model = load(tmp_path / "low")
+    model = load_sections(tmp_path / "low")
     dense = apply(ToDense(), tmp_path / "low", tmp_path / "dense")
     theirs, info = AutoModelForCausalLM.from_pretrained(dense.directory, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(model), logits(theirs.eval()), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(load(dense.directory)), logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(load_sections(dense.directory)), logits(model), atol=1e-4, rtol=1e-4)
     assert cross_entropy(written, TEXT) == pytest.approx(cross_entropy(dense, TEXT), rel=1e-4)
     # config.json says what is in the files, and what is not said of is as it was
     config = json.loads((tmp_path / "low" / "config.json").read_text())
@@ -114,7 +97,7 @@ def test_factors_compute_what_their_product_does(source: Path, tmp_path: Path, s
         multiple_of = settings.get("multiple_of", 8)
         assert layer.rank == settings["embedding_rank"] if is_table else layer.rank % multiple_of == 0
         assert sum(p.numel() for n, p in layer.named_parameters() if n != "bias") < layer.weight.numel()
-    original = load(source).state_dict()
+    original = load_sections(source).state_dict()
     for name, value in model.state_dict().items():
         if name.rpartition(".")[0] not in factored or name.endswith("bias"):
             assert torch.equal(value, original[name]), name
@@ -133,7 +116,7 @@ def test_share_of_parameters(llama: Path, tmp_path: Path, settings: dict[str, An
 @pytest.mark.parametrize("whiten", [True, False])
 def test_energy_keeps_so_much_of_each_output(llama: Path, tmp_path: Path, whiten: bool) -> None:
     written = apply(LowRank(energy=0.7, whiten=whiten, multiple_of=1), llama, tmp_path / "low")
-    ranks, new = written.ranks, load(tmp_path / "low")
+    ranks, new = written.ranks, load_sections(tmp_path / "low")
     for block in Stream(read_checkpoint(llama), TEXT, "test", [0]):
         grams = block.grams(list(INPUT_OF)) if whiten else {}
         for name in set(INPUT_OF) - {"attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3"}:  # their inputs have changed
@@ -151,7 +134,7 @@ def test_what_would_not_get_smaller_stays_whole(llama: Path, tmp_path: Path) -> 
     written = apply(LowRank(energy=0.999), llama, tmp_path / "low")
     assert not written.ranks
     assert hf_config(tmp_path / "low") == hf_config(llama)
-    assert torch.equal(logits(load(tmp_path / "low")), logits(load(llama)))
+    assert torch.equal(logits(load_sections(tmp_path / "low")), logits(load_sections(llama)))
 
 
 def test_whitening_pays_where_inputs_are_unlike(tmp_path: Path) -> None:
@@ -162,11 +145,11 @@ def test_whitening_pays_where_inputs_are_unlike(tmp_path: Path) -> None:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             norm.weight.data = scales[torch.randperm(64, generator=GENERATOR)]
     theirs.save_pretrained(tmp_path / "source")
-    expected = logits(load(tmp_path / "source"))
+    expected = logits(load_sections(tmp_path / "source"))
     errors = []
     for whiten in (True, False):
         apply(LowRank(ratio=0.5, whiten=whiten), tmp_path / "source", tmp_path / f"low_{whiten}")
-        errors.append(float((logits(load(tmp_path / f"low_{whiten}")) - expected).square().mean()))
+        errors.append(float((logits(load_sections(tmp_path / f"low_{whiten}")) - expected).square().mean()))
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -179,7 +162,7 @@ def test_tensor_decomposition_is_dense_again(source: Path, tmp_path: Path, kind:
     method = TensorDecomposition(kind, stack, 0.6, projections)
     written = apply(method, source, tmp_path / "low")
     assert hf_config(written.directory) == hf_config(source)
-    old, new = load(source).state_dict(), load(written.directory).state_dict()
+    old, new = load_sections(source).state_dict(), load_sections(written.directory).state_dict()
     decompose = getattr(decomposition, kind)
     counts = 0
     for projection in projections:
@@ -197,7 +180,7 @@ def test_tensor_decomposition_is_dense_again(source: Path, tmp_path: Path, kind:
     assert untouched
     assert all(torch.equal(new[name], old[name]) for name in untouched)
     theirs = AutoModelForCausalLM.from_pretrained(written.directory).eval()
-    torch.testing.assert_close(logits(load(written.directory)), logits(theirs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(load_sections(written.directory)), logits(theirs), atol=1e-4, rtol=1e-4)
     (step,) = json.loads((written.directory / "compression.json").read_text())["steps"]
     assert (step["step"], step["kind"], step["stack"]) == ("TensorDecomposition", kind, stack)
     assert step["parameters"]["after"] == counts <= 0.6 * step["parameters"]["before"]
@@ -211,11 +194,11 @@ def test_quantized_factors(source: Path, tmp_path: Path) -> None:
         method = LowRank(ratio=0.8, three_factors=scheme == "int3", **sizes)
         apply(method, source, place / "low")
         quantized = apply(Quantization(scheme, embeddings=scheme, method="round"), place / "low", place / "codes")
-        model = load(quantized.directory)
+        model = load_sections(quantized.directory)
         dense = apply(ToDense(), quantized.directory, place / "dense")
-        torch.testing.assert_close(logits(model), logits(load(dense.directory)), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logits(model), logits(load_sections(dense.directory)), atol=1e-3, rtol=1e-3)
         if scheme == "int8_g16":
-            before = load(place / "low")
+            before = load_sections(place / "low")
             assert (logits(model) - logits(before)).norm() < 0.1 * logits(before).norm()
 
 
@@ -245,7 +228,7 @@ def test_a_shallower_factored_model(llama: Path, tmp_path: Path) -> None:
     assert shallow.ranks == expected
     state, whole = as_tune(shallow, shallow.names(0)), as_tune(written, written.names(1))
     assert all(torch.equal(state[name.replace("layers.1.", "layers.0.")], value) for name, value in whole.items())
-    assert load(shallow.directory)(TOKENS_BS).isfinite().all()
+    assert load_sections(shallow.directory)(TOKENS_BS).isfinite().all()
 
 
 def test_half_precision_files_stay_so(tmp_path: Path) -> None:

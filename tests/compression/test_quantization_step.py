@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from kd_recipes.compression import (
     CompressedCheckpointer,
@@ -27,14 +27,14 @@ from kd_recipes.compression import (
     cross_entropy,
     form_of,
     read_checkpoint,
-    sections,
+    to_torchao,
 )
+from kd_recipes.compression.convert import as_tune
 from kd_recipes.compression.form import zero_pattern
-from kd_recipes.compression.stream import INPUT_OF, Stream, as_tune
+from kd_recipes.compression.stream import INPUT_OF, Stream
 from kd_recipes.errors import ConfigError
 from kd_recipes.lattices import Scheme, gptq, quantize
-from kd_recipes.parts import load_model
-from toy import VOCABULARY, calibration, hf_config, save_model
+from toy import VOCABULARY, calibration, hf_config, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = calibration([(torch.randint(VOCABULARY, (8, 48), generator=GENERATOR), None)])
@@ -43,24 +43,10 @@ TOKENS_BS = torch.randint(VOCABULARY, (2, 32), generator=GENERATOR)
 SCHEMES = ["gguf_q8_0", "gguf_q4_0", "int3_g16", "int5", "ternary_g32", "binary_g32", "8da4w_g32", "8da8w", "float8"]
 
 
-@pytest.fixture(scope="module", params=["llama, tied", "llama, untied", "qwen2, tied", "qwen2, untied"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to read, never to write into."""
-    directory = tmp_path_factory.mktemp("source")
-    model_type, tied = request.param.split(", ")
-    save_model(directory, model_type, tie_word_embeddings=tied == "tied")
-    return directory
-
-
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     save_model(tmp_path / "source", tie_word_embeddings=False)
     return tmp_path / "source"
-
-
-def load(directory: Path) -> Any:
-    section = OmegaConf.load(directory / "model.yaml")
-    return load_model("model", section.model, section.checkpointer, **CPU).model.eval()
 
 
 @torch.no_grad()
@@ -115,8 +101,8 @@ def test_files_hold_the_lattice_and_nothing_rounds_again(source: Path, tmp_path:
     rest = sum(value.nbytes for key, value in original.items() if key not in matrices)
     assert written.num_bytes == math.ceil(bits / 8) + rest
     # what is loaded
-    model = load(tmp_path / "codes")
-    state, again = model.state_dict(), load(tmp_path / "codes").state_dict()
+    model = load_sections(tmp_path / "codes")
+    state, again = model.state_dict(), load_sections(tmp_path / "codes").state_dict()
     for key, value in original.items():
         expected = quantize(value, parsed).dequantize() if key in matrices else value
         assert torch.equal(state[key], expected), key
@@ -140,7 +126,7 @@ def test_files_hold_the_lattice_and_nothing_rounds_again(source: Path, tmp_path:
 @pytest.mark.parametrize("scheme", ["gguf_q4_0", "int3_g16", "ternary_g32", "binary_g32", "8da8w", "float8"])
 def test_gptq_writes_the_lattice_too(source: Path, tmp_path: Path, scheme: str) -> None:
     written = apply(Quantization(scheme), source, tmp_path / "codes")
-    state, parsed = load(tmp_path / "codes").state_dict(), Scheme.parse(scheme)
+    state, parsed = load_sections(tmp_path / "codes").state_dict(), Scheme.parse(scheme)
     for block in Stream(read_checkpoint(source), TEXT, "test", [0]):
         grams = block.grams(list(INPUT_OF))
         for name in INPUT_OF:
@@ -187,7 +173,7 @@ def test_overrides_by_pattern_the_last_of_which_counts(llama: Path, tmp_path: Pa
     down = {f"layers.{index}.mlp.w2.weight": "int8_g32" for index in (0, 1)}
     assert written.schemes == {**mlp, **attention, **down, "output.weight": "float8"}
     assert form_of(written).schemes == {"gguf_q4_0", "8da4w_g32", "int8_g32", "float8"}
-    state, original = load(tmp_path / "codes").state_dict(), weights(llama)
+    state, original = load_sections(tmp_path / "codes").state_dict(), weights(llama)
     for key, value in original.items():
         scheme = scheme_of(key, written.schemes)
         assert torch.equal(state[key], value if scheme is None else quantize(value, scheme).dequantize()), key
@@ -198,7 +184,7 @@ def test_a_row_that_does_not_fill_its_last_byte(tmp_path: Path) -> None:
     save_model(tmp_path / "source", intermediate_size=33)
     for scheme in ("ternary", "binary", "int3", "int4"):
         apply(Quantization(scheme, method="round"), tmp_path / "source", tmp_path / scheme)
-        found, original = load(tmp_path / scheme).state_dict(), weights(tmp_path / "source")
+        found, original = load_sections(tmp_path / scheme).state_dict(), weights(tmp_path / "source")
         key = "layers.1.mlp.w2.weight"
         assert torch.equal(found[key], quantize(original[key], Scheme.parse(scheme)).dequantize())
 
@@ -220,7 +206,7 @@ def test_a_quantized_model_may_lose_blocks(source: Path, tmp_path: Path) -> None
     assert len(after) < len(before)
     for key, value in after.items():
         assert torch.equal(value, before[key.replace("layers.0.", "layers.1.")]), key
-    assert logits(load(shallow.directory)).isfinite().all()
+    assert logits(load_sections(shallow.directory)).isfinite().all()
 
 
 def test_what_transformers_loads_is_not_rounded_to_the_dtype_that_the_source_had(tmp_path: Path) -> None:
@@ -238,14 +224,13 @@ def test_what_transformers_loads_is_not_rounded_to_the_dtype_that_the_source_had
 
 
 def test_a_student_is_written_as_it_was_trained(source: Path, tmp_path: Path) -> None:
-    section = sections(source)
-    model = load_model("model", section.model, section.checkpointer, **CPU).model
+    model = load_sections(source)
     schemes = QuantizationAwareTraining("int3_g16", embeddings="gguf_q8_0").attach(model)
     trained = {key: model.get_submodule(key.rpartition(".")[0]).weight.detach() for key in schemes}
     state = {name.replace("parametrizations.weight.original", "weight"): v for name, v in model.state_dict().items()}
     writer = CompressedCheckpointer(str(source), str(tmp_path))
     writer.save_checkpoint({"model": state, "schemes": schemes}, epoch=3)
-    found = load(tmp_path / "epoch_3").state_dict()
+    found = load_sections(tmp_path / "epoch_3").state_dict()
     assert found.keys() == state.keys()
     assert len(trained) == 14 + (1 if hf_config(source)["tie_word_embeddings"] else 2)
     for key, value in found.items():
@@ -294,3 +279,22 @@ def test_what_comes_too_late(step: Any) -> None:
     step.check(FORM)
     with pytest.raises(ConfigError, match=r"of weights in gguf_q4_0, .* Put this step first: quantize last"):
         step.check(QUANTIZED)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["gguf_q4_0", "int2_g16", "ternary_g32", "binary_g32", "8da4w_g32", "8da8w", "float8"]
+)
+def test_torchao_computes_with_the_same_codes(scheme: str, source: Path, tmp_path: Path) -> None:
+    apply(Quantization(scheme, embeddings="gguf_q8_0", method="round"), source, tmp_path / "codes")
+    ours, theirs = load_sections(tmp_path / "codes"), load_sections(tmp_path / "codes")
+    converted = to_torchao(theirs, tmp_path / "codes")
+    assert len([name for name in converted if name.startswith("layers.")]) == (0 if scheme == "float8" else 2 * 7)
+    for name in converted:
+        assert isinstance(theirs.get_parameter(name), IntxUnpackedToInt8Tensor)
+        assert torch.equal(theirs.get_parameter(name).dequantize(), ours.get_parameter(name))
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-4, rtol=1e-4)
+    torch.save(theirs.state_dict(), tmp_path / "torchao.pt")
+    again = load_sections(tmp_path / "codes")
+    to_torchao(again, tmp_path / "codes")
+    again.load_state_dict(torch.load(tmp_path / "torchao.pt", weights_only=True), assign=True)
+    assert torch.equal(logits(again), logits(theirs))

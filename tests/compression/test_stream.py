@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 
-from kd_recipes.compression import Stream, Text, cross_entropy, read_checkpoint, sections, write_checkpoint
-from kd_recipes.compression.stream import INPUT_OF, as_tune, to_file
+from kd_recipes.compression import Stream, Text, cross_entropy, read_checkpoint, write_checkpoint
+from kd_recipes.compression.convert import as_tune, to_file
+from kd_recipes.compression.stream import INPUT_OF
 from kd_recipes.errors import ConfigError
 from kd_recipes.layers import LowRankLinear
-from kd_recipes.parts import load_model
-from toy import VOCABULARY, calibration, hf_config, save_model
+from toy import VOCABULARY, calibration, hf_config, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 TOKENS_BS = torch.randint(VOCABULARY, (3, 24), generator=GENERATOR)
@@ -36,13 +36,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model_type, tied = request.param.split(", ")
     save_model(directory, model_type, tie_word_embeddings=tied == "tied", num_hidden_layers=3)
     return directory
-
-
-def load(directory: Path) -> Any:
-    """The whole model."""
-    section = sections(directory)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return load_model("model", section.model, section.checkpointer, **arguments).model.eval()
 
 
 @torch.no_grad()
@@ -73,19 +66,19 @@ def test_loss_is_that_of_the_whole_model(source: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ours = cross_entropy(read_checkpoint(source), TEXT)
-    assert ours == pytest.approx(loss(load(source), TEXT), rel=1e-5)
+    assert ours == pytest.approx(loss(load_sections(source), TEXT), rel=1e-5)
     assert ours == pytest.approx(loss(AutoModelForCausalLM.from_pretrained(source).eval(), TEXT), rel=1e-5)
 
 
 def test_a_window_longer_than_the_heads_chunk(tmp_path: Path) -> None:
     save_model(tmp_path / "source", max_position_embeddings=1100, num_hidden_layers=1)
     text = calibration([(torch.randint(VOCABULARY, (1, 1100), generator=GENERATOR), None)])
-    expected = loss(load(tmp_path / "source"), text)
+    expected = loss(load_sections(tmp_path / "source"), text)
     assert cross_entropy(read_checkpoint(tmp_path / "source"), text) == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_left_out(source: Path) -> None:
-    model = load(source)
+    model = load_sections(source)
     model.layers = nn.ModuleList([model.layers[0], model.layers[2]])
     assert cross_entropy(read_checkpoint(source), TEXT, [0, 2]) == pytest.approx(loss(model, TEXT), rel=1e-5)
     assert [block.index for block in Stream(read_checkpoint(source), TEXT, "test", [0, 2])] == [0, 2]
@@ -110,7 +103,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 
 def test_grams_are_those_of_the_whole_model(source: Path) -> None:
-    model = load(source)
+    model = load_sections(source)
     stream = Stream(read_checkpoint(source), TEXT, "test")
     for block in stream:
         seen: list[Tensor] = []
@@ -130,7 +123,7 @@ def test_grams_are_those_of_the_whole_model(source: Path) -> None:
 
 @pytest.mark.parametrize("name", ["attn.q_proj", "mlp.w2"])
 def test_a_changed_block_feeds_the_next(source: Path, name: str) -> None:
-    model = load(source)
+    model = load_sections(source)
     new_OI = torch.randn(model.get_submodule(f"layers.0.{name}").weight.shape, generator=GENERATOR) * 0.3
     before_TD = watched_inputs(model, "layers.1")
     model.get_submodule(f"layers.0.{name}").weight.data = new_OI.clone()
@@ -217,7 +210,7 @@ def test_into_several_files_and_back(source: Path, tmp_path: Path) -> None:
     theirs = [AutoModelForCausalLM.from_pretrained(of.directory).eval() for of in (checkpoint, written)]
     with torch.no_grad():
         assert torch.equal(*(model(TOKENS_BS).logits for model in theirs))
-        ours = load(tmp_path / "written")(TOKENS_BS)
+        ours = load_sections(tmp_path / "written")(TOKENS_BS)
     torch.testing.assert_close(ours, theirs[0](TOKENS_BS).logits, atol=1e-4, rtol=0)
 
 
@@ -241,5 +234,7 @@ def test_a_repeated_tied_head_and_old_frequencies_are_left_out(tmp_path: Path) -
     }
     old = write_checkpoint(checkpoint, tmp_path / "old", (tensors | more).items(), record={})
     assert len(old.specs) == len(checkpoint.specs) + 2
-    assert as_tune(old, [spec.name for spec in old.specs]).keys() == load(tmp_path / "source").state_dict().keys()
+    assert (
+        as_tune(old, [spec.name for spec in old.specs]).keys() == load_sections(tmp_path / "source").state_dict().keys()
+    )
     assert cross_entropy(old, TEXT) == cross_entropy(checkpoint, TEXT)

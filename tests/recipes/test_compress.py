@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kd_recipes import compress, entry
 from kd_recipes.config import load_and_validate
-from kd_recipes.parts import load_model
+from toy import load_sections
 
 TUNE = Path(sys.executable).with_name("tune")
 TOKENS = torch.arange(24)[None]
@@ -118,13 +118,7 @@ def write_steps(config: Path, *names: str) -> Path:
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_alone(name: str, config: Path) -> None:
     assert entry.run_recipe("compress", ["--config", str(write_steps(config, name))]) == 0
-    assert load_sections(config.parent / "pruned").eval()(TOKENS).isfinite().all()
-
-
-def load_sections(directory: Path) -> Any:
-    found = OmegaConf.load(directory / "model.yaml")
-    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return load_model("model", found.model, found.checkpointer, **settings).model
+    assert load_sections(config.parent / "pruned")(TOKENS).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +136,7 @@ def test_steps_in_sensible_orders(names: tuple[str, ...], config: Path) -> None:
     steps = json.loads((pruned / "compression.json").read_text())["steps"]
     kinds = [STEPS[name]["_component_"].rpartition(".")[2] for name in names]
     assert [step["step"] for step in steps] == kinds
-    assert load_sections(pruned).eval()(TOKENS).isfinite().all()
+    assert load_sections(pruned)(TOKENS).isfinite().all()
     assert not list(config.parent.glob(".pruned*"))
 
 

@@ -106,7 +106,7 @@ def _load_exported(directory: Path) -> Any:
 
 # Norm of the logits' difference, relative to theirs. In float32 it is rounding. QLoRA students compute in bf16 (8 bits)
 # from weights that are dequantized, merged with the adapter and rounded once more for the export.
-LOGIT_TOLERANCE = {"full": 1e-5, "lora": 1e-5, "dora": 1e-5, "qlora": 0.03}
+LOGIT_TOLERANCE = {"full": 1e-5, "lora": 1e-5, "dora": 1e-5, "qlora": 0.05}  # NF4; 0.02 to 0.035, by the processor
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "dora", "qlora"])
