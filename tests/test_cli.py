@@ -149,9 +149,11 @@ def test_a_torchao_that_torchtune_cannot_use_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", shipped_configs().values(), ids=lambda path: path.stem)
 def test_commands_in_config_headers_are_valid(config: Path) -> None:
     as_it_is = [None, "--config", f"configs/{config.name}"]  # where the header has no `tune run`
-    for recipe, option, name, *overrides in tune_run_commands(config) or [as_it_is]:
-        assert (option, name) == ("--config", f"configs/{config.name}")
+    commands = tune_run_commands(config) or [as_it_is]
+    for recipe, option, name, *overrides in commands:
+        assert (option, Path(name).parent.name) == ("--config", "configs")  # another one, where it has to be run before
         load_and_validate(name, overrides, recipe)
+    assert commands[-1][2] == f"configs/{config.name}"
 
 
 def test_the_wheel_brings_configs_and_command(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,16 @@ class Updates:
         self._norm = grad_norm(self.parameters.values())
         return float(self._norm)
 
-    def apply(self, around: AbstractContextManager[None]) -> None:
+    def apply(self, around: AbstractContextManager[None] | None = None) -> None:
         """Clip the gradients, step, publish the weights, advance the learning rate, and drop the gradients.
 
         Args:
-            around: what holds the weights to something, entered before they change and left after.
+            around: what holds the weights to something, entered before they change and left after; nothing by default.
         """
         if self._clip_grad_norm is not None:
             for alike in _split_and_whole(self.parameters.values()):
                 torch.nn.utils.clip_grads_with_norm_(alike, self._clip_grad_norm, self._norm)
-        with around:
+        with around or nullcontext():
             self.optimizer.step()
         self._weights.publish()
         self.drop()

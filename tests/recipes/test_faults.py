@@ -139,8 +139,8 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     steps: list[int] = []
     train = Updates.apply
 
-    def apply(self: Updates) -> None:
-        train(self)
+    def apply(self: Updates, *around: Any) -> None:
+        train(self, *around)
         steps.append(len(steps) + 1)
         if steps[-1] == 10:
             done.set()
