@@ -103,7 +103,7 @@ class Budget(Step):
         num_neurons = steps * self.multiple_of
         if steps < 1 or not (1 - _CLOSE) * budget <= count(num_neurons) <= budget:
             return None
-        # fewer than a third of the neurons with all the blocks is never the best, and takes its turn
+        # fewer than a third of the neurons with all the blocks is never the best, and takes the turn of a better one
         if num_neurons < form.intermediate_dim // 3:
             return None
         return Candidate(num_blocks, num_groups, embed_dim, num_neurons, count(num_neurons))
