@@ -202,7 +202,7 @@ def _summary(source: HFCheckpoint, written: HFCheckpoint, figures: dict[str, Any
         if source.config.get(name) != written.config.get(name)
     }
     text = "\n" + "".join(f"{label + ':':11} {old} -> {new}\n" for label, (old, new) in changes.items())
-    if not written.schemes:
+    if not (source.schemes or written.schemes):  # of codes it is bytes that are there to count
         text += f"Parameters: {before:,} -> {after:,} ({after / before:.0%})\n"
     text += f"On disk:    {source.num_bytes / 1e6:,.1f} -> {written.num_bytes / 1e6:,.1f} MB\n"
     text += f"Perplexity: {figures['perplexity_before']:.2f} -> {figures['perplexity_after']:.2f}"

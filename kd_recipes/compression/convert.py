@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kd_recipes._torchtune.names import rows_to_hf, rows_to_tune, to_hf, to_tune
-from kd_recipes.compression.checkpoint import HFCheckpoint
+from kd_recipes.compression.checkpoint import HFCheckpoint, lineage
 from kd_recipes.compression.form import Form, zero_pattern
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.lattices import Quantized, Scheme, pack, unpack
@@ -60,9 +60,16 @@ def has_place(name: str, source: HFCheckpoint) -> bool:
 
 
 def form_of(source: HFCheckpoint) -> Form:
-    """Of a checkpoint; of its weights one is read, for what zeros there are."""
+    """Of a checkpoint; of its weights one is read, for what zeros there are.
+
+    On a lattice weights are zero by chance: such zeros count where a step has put them there, or the pattern is 2:4.
+    """
     names = [name for name in source.names(0) if ".up_proj.weight" in name]  # or its codes
     patterns = [zero_pattern(tensor) for tensor in as_tune(source, names).values()]
+    steps = {step.get("step") for step in lineage(source.directory)}
+    is_rounded = bool(source.schemes) or "Quantization" in steps
+    if is_rounded and "Sparsification" not in steps and patterns == ["unstructured"]:
+        patterns = []
     ranks = [rank for ranks in source.ranks.values() for rank in ranks]
     return Form(
         source.config,

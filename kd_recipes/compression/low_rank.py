@@ -182,8 +182,7 @@ class TensorDecomposition(Step):
     """Experimental: what a Tucker or tensor-train decomposition of stacked weights, through tensorly, would leave.
 
     The stack is decomposed and multiplied out again, so the result is a dense model of the quality that the
-    decomposition has, and of the size that the model had; what the factors would hold is printed and recorded. On
-    language models an SVD of each matrix has lost less at the same number of parameters (docs/compression.md).
+    decomposition has, and of the size that the model had; what the factors would hold is printed and recorded.
 
     Args:
         kind: ``tucker`` or ``tensor_train``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ def to_torchao(model: nn.Module, checkpoint_dir: Path) -> list[str]:
     """Put torchao's quantized tensors in the place of a model's linear weights, with the codes of its checkpoint.
 
     Nothing is rounded again. Inputs are rounded by torchao then, where the scheme says so. Embeddings, heads that are
-    tied to them, and float8 stay as they are: numbers that lie on their lattice.
+    tied to them, factors and float8 stay as they are: numbers that lie on their lattice.
 
     Args:
         model: as it was loaded from the checkpoint; changed in place.
@@ -33,25 +32,17 @@ def to_torchao(model: nn.Module, checkpoint_dir: Path) -> list[str]:
     Returns:
         The names of the parameters that are torchao's now.
     """
-    round_activations(model, {})
+    source = read_checkpoint(checkpoint_dir)
     converted = []
-    schemes = {}
-    for name, quantized in _linears(model, checkpoint_dir):
+    for name, quantized in quantized_weights(source):
         layer = model.get_submodule(name.rpartition(".")[0])
-        if quantized.scheme.kind == "float8":
-            schemes[name] = quantized.scheme.name
+        if not isinstance(layer, nn.Linear) or quantized.scheme.kind == "float8":
             continue
-        weight = as_torchao(quantized, layer.weight.dtype)  # type: ignore[arg-type]
-        layer.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)  # type: ignore[arg-type]
+        weight = as_torchao(quantized, layer.weight.dtype)
+        layer.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
         converted.append(name)
-    round_activations(model, schemes)
+    round_activations(model, {name: scheme for name, scheme in source.schemes.items() if name not in converted})
     return converted
-
-
-def _linears(model: nn.Module, checkpoint_dir: Path) -> Iterator[tuple[str, Quantized]]:
-    for name, quantized in quantized_weights(read_checkpoint(checkpoint_dir)):
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
-            yield name, quantized
 
 
 def as_torchao(quantized: Quantized, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bad_input import Rejected
 
-from kd_recipes.compression import LowRank, Quantization, Sparsification, Step, form_of, read_checkpoint
+from kd_recipes.compression import LowRank, Quantization, Sparsification, Step, ToDense, form_of, read_checkpoint
 from kd_recipes.errors import ConfigError
 from toy import Toys, calibration, lora_section
 
@@ -120,3 +120,6 @@ def test_a_step_after_quantization_says_so(toys: Toys, tmp_path: Path) -> None:
     codes = _made(toys, tmp_path, Quantization("int2_g32", method="round"))
     with pytest.raises(ConfigError, match="off their lattice"):
         LowRank(ratio=0.5).check(form_of(read_checkpoint(codes)))
+    dense = tmp_path / "dense"
+    ToDense().apply(read_checkpoint(codes), dense, calibration([]))
+    assert form_of(read_checkpoint(codes)).zeros == form_of(read_checkpoint(dense)).zeros == "none"

@@ -247,7 +247,7 @@ def test_calibration_windows_are_cut_from_single_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["compress", "low_rank", "prune_budget", "prune_depth", "prune_width", "quantize", "sparsify"]
+    "name", ["compress", "low_rank", "prune_budget", "prune_depth", "prune_width", "quantize", "sparsify", "to_dense"]
 )
 def test_the_shipped_configs_are_valid(name: str) -> None:
     load_and_validate(name, recipe="compress")
