@@ -184,6 +184,10 @@ class GradualSparsity(KeepZeros):
         """See :class:`Constraint`."""
         _require_whole(form)
         require_fours(form, self.pattern)
+        if form.schemes and form.zeros == "none":  # weights whose code is 0 would be held there from the start
+            got = f"a student in {', '.join(sorted(form.schemes))}"
+            remedy = "Take connections out first, and quantize then"
+            raise ConfigError(Problem("._component_", got, "one whose weights are not on a lattice yet", remedy))
         if form.zeros == "2:4" and self.pattern != "2:4":
             raise ConfigError(Problem(".pattern", self.pattern, "2:4, as the student's zeros are"))
 

@@ -115,6 +115,14 @@ def test_a_student_of_factors(constraint: Any, message: str, rejected: Rejected,
     assert message in rejected(**_student(low_rank, constraint))
 
 
+def test_codes_are_no_start_for_gradual_sparsity(rejected: Rejected, toys: Toys, tmp_path: Path) -> None:
+    codes = _made(toys, tmp_path, Quantization("int2_g32", method="round"))
+    message = rejected(**_student(codes, GRADUAL))
+    assert (
+        f"{KEY}._component_: got 'a student in int2_g32', wanted one whose weights are not on a lattice yet" in message
+    )
+
+
 def test_a_step_after_quantization_says_so(toys: Toys, tmp_path: Path) -> None:
     """Codes have zeros by chance, which are no reason of their own."""
     codes = _made(toys, tmp_path, Quantization("int2_g32", method="round"))
