@@ -20,6 +20,7 @@ from tqdm import tqdm
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.compression import sections
+from kd_recipes.compression.checkpoint import weight_files
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
@@ -151,7 +152,7 @@ def _measure(
 
     held_out = evaluate_held_out(signal, lambda batch: signals[id(batch)], progress, num_ids)
     num_parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    num_bytes = sum(path.stat().st_size for path in _weight_files(cfg.models[name]))
+    num_bytes = sum(path.stat().st_size for path in weight_files(Path(cfg.models[name])))
     return model, Row(name, num_parameters, num_bytes, held_out, continuation)
 
 
@@ -184,11 +185,6 @@ def _read_sections(name: str, directory: Path) -> DictConfig:
         raise ConfigError(*(replace(problem, key=f"models.{name}") for problem in error.problems)) from error
     except (KeyError, TypeError) as error:
         raise ConfigError(Problem(f"models.{name}", str(directory), wanted, one_line(error))) from error
-
-
-def _weight_files(directory: str) -> list[Path]:
-    """Those of the whole model: beside a merged one its adapter may lie."""
-    return sorted(path for path in Path(directory).glob("*.safetensors") if not path.name.startswith("adapter"))
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str | None, num_tokens: int) -> str | None:

@@ -60,10 +60,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs ``[..., O]`` of the inputs ``[..., I]``."""
+        return F.linear(self.inner(x), self.u, self.bias)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What ``u`` is applied to, ``[..., R]``."""
         x = F.linear(x, self.v)
-        if self.s is not None:
-            x = F.linear(x, self.s)
-        return F.linear(x, self.u, self.bias)
+        return x if self.s is None else F.linear(x, self.s)
 
     def extra_repr(self) -> str:
         """What a printed model says of the layer."""

@@ -45,9 +45,7 @@ class Head:
         if hasattr(output, "rounding"):  # a hook, which is passed by here
             hidden_TD = fake_quantize_activations(hidden_TD)
         if isinstance(output, LowRankLinear):
-            inner_TR = hidden_TD @ output.v.T
-            inner_TR = inner_TR if output.s is None else inner_TR @ output.s.T
-            return LinearLogits((inner_TR,), (output.u,), output.bias, self.soft_cap)
+            return LinearLogits((output.inner(hidden_TD),), (output.u,), output.bias, self.soft_cap)
         if isinstance(output, LoRALinear):
             adapted_TR = output.lora_a(output.dropout(hidden_TD)) * (output.alpha / output.rank)
             weights = (output.weight, output.lora_b.weight)

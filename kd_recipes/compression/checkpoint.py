@@ -210,7 +210,7 @@ def sections(directory: Path, destination_dir: Path | None = None) -> Any:
     """
     place = {"checkpoint_dir": str(destination_dir or directory)}
     config = _read_json(directory / "config.json")
-    files = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("adapter"))
+    files = [path.name for path in weight_files(directory)]
     checkpointer: dict[str, Any] = {**place, "checkpoint_files": files}
     if config.get("model_type") == COMPRESSED:
         model = {"_component_": "kd_recipes.models.from_checkpoint", **place}
@@ -220,6 +220,11 @@ def sections(directory: Path, destination_dir: Path | None = None) -> Any:
         checkpointer = {"_component_": "torchtune.training.FullModelHFCheckpointer", **checkpointer}
         checkpointer["model_type"] = checkpointer_model_type(config)
     return OmegaConf.create({"model": model, "checkpointer": checkpointer})
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Those of the whole model: beside a merged one its adapter may lie."""
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter"))
 
 
 def _write_files(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> None:

@@ -201,5 +201,4 @@ class QuantizationAwareTraining(_Schemes, Constraint):
                     scheme.check(parameter.shape[1], f"scheme of {name}.{key}")
                     parametrize.register_parametrization(module, key, _OnLattice(scheme), unsafe=True)
                     schemes[f"{name}.{key}"] = scheme.name
-        round_activations(model, schemes)
         return schemes
