@@ -19,12 +19,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from kd_recipes.batch import IGNORE_INDEX
-from kd_recipes.compression import Form, HFCheckpoint, Step, Text, cross_entropy, form_of, read_checkpoint
-from kd_recipes.compression.checkpoint import add_figures
+from kd_recipes.compression import HFCheckpoint, Step, Text, cross_entropy, form_of, read_checkpoint
+from kd_recipes.compression.checkpoint import RECORD, SECTIONS, add_figures, weight_files
+from kd_recipes.compression.step import check_steps
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, gather, within
 from kd_recipes.parts import build, find_device
-from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
+from kd_recipes.storage import explain_disk_errors, require_free_space, require_vacant, write_json
 from kd_recipes.training.data import build_dataset
 from kd_recipes.training.precision import is_dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_tokenizer
@@ -59,19 +60,22 @@ def main(cfg: DictConfig) -> None:
     Raises:
         ConfigError: what is wrong with the config and the files that it names; nothing has been written then.
     """
-    source, device, tokenizer, steps = gather(
+    output_dir = Path(cfg.output_dir)
+    source, device, tokenizer, steps, is_written = gather(
         lambda: read_checkpoint(Path(cfg.checkpoint_dir)),
         lambda: find_device("device", cfg.device),
         lambda: build("tokenizer", cfg.tokenizer),
         lambda: _build_steps(cfg),
-        lambda: require_vacant(Path(cfg.output_dir)),
-    )[:4]
+        lambda: _is_written(cfg),
+    )
     _check_model(cfg, source, tokenizer)
-    _check_steps(cfg, steps, form_of(source))
+    left = check_steps(dict(zip(_sections(cfg), steps, strict=True)), form_of(source))
+    if not is_written:
+        require_free_space(output_dir, min(form.least_bytes for form in left), key="output_dir")
     windows = _windows(cfg, tokenizer)
     dtype = resolve_dtype(cfg.dtype, device)
     calibration, held_out = (Text(part, device, dtype) for part in windows)
-    with explain_disk_errors(Path(cfg.output_dir)):
+    with explain_disk_errors(output_dir):
         before = cross_entropy(source, held_out, what="before")
         written = _apply(cfg, source, steps, calibration)
         after = cross_entropy(written, held_out, what="after")
@@ -81,7 +85,8 @@ def main(cfg: DictConfig) -> None:
             "perplexity_before": math.exp(before),
             "perplexity_after": math.exp(min(after, 700)),  # e^710 is none
         }
-        add_figures(written.directory, figures)
+        add_figures(output_dir, figures)
+        shutil.rmtree(_place(cfg))
     print(_summary(source, written, figures))
 
 
@@ -101,12 +106,6 @@ def _build_steps(cfg: DictConfig) -> list[Step]:
         return step
 
     return gather(*(partial(one, key, section) for key, section in _sections(cfg).items()))
-
-
-def _check_steps(cfg: DictConfig, steps: Sequence[Step], form: Form) -> None:
-    """Each against what the ones before it leave."""
-    for key, step in zip(_sections(cfg), steps, strict=True):
-        form = within(key, partial(step.check, form))
 
 
 def _check_model(cfg: DictConfig, source: HFCheckpoint, tokenizer: Any) -> None:
@@ -166,30 +165,64 @@ def calibration_windows(
 
 
 def _apply(cfg: DictConfig, source: HFCheckpoint, steps: Sequence[Step], text: Text) -> HFCheckpoint:
-    """All steps in order; what lies between two is kept until the last is done, so that a run cut off can go on."""
-    output_dir = Path(cfg.output_dir)
-    place = output_dir.absolute().with_name(f".{output_dir.name}.steps")
-    plan = OmegaConf.to_container(cfg, resolve=True)
-    if place.is_dir() and not _is_of(place, plan):
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(place / "plan.json", plan)
-    for index, step in enumerate(tqdm(steps, "compress", unit="step", disable=len(steps) == 1)):
-        destination = output_dir if index == len(steps) - 1 else place / f"{index:02d}_{type(step).__name__}"
-        if destination != output_dir and destination.is_dir():
-            tqdm.write(f"{type(step).__name__}: done before")
-            source = read_checkpoint(destination)
-        else:
-            source = step.apply(source, destination, text)
-    shutil.rmtree(place)
+    """All steps in order; what one has left is kept until the next is done, so that a run cut off can go on."""
+    place = _place(cfg)
+    if not _is_begun(cfg):
+        require_vacant(Path(cfg.output_dir))
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.mkdir(parents=True)
+        write_json(place / "plan.json", _plan(cfg))
+    names = [type(step).__name__ for step in steps]
+    destinations = [*(place / f"{index:02d}_{name}" for index, name in enumerate(names[:-1])), Path(cfg.output_dir)]
+    num_done = max((index + 1 for index, directory in enumerate(destinations) if _is_result(directory)), default=0)
+    if num_done:
+        tqdm.write(f"{', '.join(names[:num_done])}: done before")
+        source = read_checkpoint(destinations[num_done - 1])
+    left = range(num_done, len(steps))
+    for index in tqdm(left, "compress", unit="step", initial=num_done, total=len(steps), disable=len(steps) == 1):
+        source = steps[index].apply(source, destinations[index], text)
+        if index > 0:
+            shutil.rmtree(destinations[index - 1])
     return source
 
 
-def _is_of(place: Path, plan: object) -> bool:
+def _place(cfg: DictConfig) -> Path:
+    """Where a run keeps its plan, and what lies between two steps, until all is done."""
+    output_dir = Path(cfg.output_dir).absolute()
+    return output_dir.with_name(f".{output_dir.name}.steps")
+
+
+def _plan(cfg: DictConfig) -> dict[str, Any]:
+    """What a run that goes on has in common with the one that was cut off: its settings, and the model's files."""
+    directory = Path(cfg.checkpoint_dir)
+    files = [path for path in (directory / "config.json", *weight_files(directory)) if path.is_file()]
+    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {"config": OmegaConf.to_container(cfg, resolve=True), "files": stamps}
+
+
+def _is_begun(cfg: DictConfig) -> bool:
+    """Whether a run of the same plan was cut off."""
     try:
-        return bool(json.loads((place / "plan.json").read_text(encoding="utf-8")) == plan)
+        return bool(json.loads((_place(cfg) / "plan.json").read_text(encoding="utf-8")) == _plan(cfg))
     except (OSError, ValueError):
         return False
+
+
+def _is_result(directory: Path) -> bool:
+    return (directory / RECORD).is_file()
+
+
+def _is_written(cfg: DictConfig) -> bool:
+    """Whether a run of the same plan has come so far that only the figures are missing.
+
+    Raises:
+        ConfigError: something else is in the output directory.
+    """
+    if _is_begun(cfg) and _is_result(Path(cfg.output_dir)):
+        return True
+    require_vacant(Path(cfg.output_dir))
+    return False
 
 
 def _summary(source: HFCheckpoint, written: HFCheckpoint, figures: dict[str, Any]) -> str:
@@ -209,10 +242,8 @@ def _summary(source: HFCheckpoint, written: HFCheckpoint, figures: dict[str, Any
     text += f" on {figures['num_held_out_tokens']:,} tokens of other text, before it is distilled\n"
     text += f"Wrote {written.directory}"
     text += ", which transformers loads as it is. " if written.is_dense else ". "
-    section = written.directory / "model.yaml"
-    if not section.is_file():
-        return f"{text}torchtune has no builder for it, so no recipe can train it."
-    return f"{text}To use it in a recipe (also in model.yaml):\n\n{OmegaConf.to_yaml(OmegaConf.load(section))}"
+    section = OmegaConf.load(written.directory / SECTIONS)
+    return f"{text}To use it in a recipe (also in {SECTIONS}):\n\n{OmegaConf.to_yaml(section)}"
 
 
 if __name__ == "__main__":

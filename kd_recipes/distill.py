@@ -21,28 +21,30 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from kd_recipes.batch import Batch
-from kd_recipes.compression import sections
+from kd_recipes.compression.checkpoint import settle
 from kd_recipes.config import without_environment
-from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.errors import ConfigError, Problem, one_line, within
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
+from kd_recipes.evaluation.behaviour import Behaviour, Speaker, beginnings
 from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, choose_objective
-from kd_recipes.monitoring.metrics import StepMeter, log
-from kd_recipes.parts import CHECKPOINTERS, Loaded, build, build_callable, build_profiler, load_model
+from kd_recipes.monitoring import Alert
+from kd_recipes.monitoring.metrics import StepMeter
+from kd_recipes.monitoring.recorder import Recorder
+from kd_recipes.pair import Pair
+from kd_recipes.parts import build, build_callable, build_profiler
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
-from kd_recipes.students import Constraints, Student
-from kd_recipes.teachers import OnlineTeacher
+from kd_recipes.students import Constraints
 from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
 from kd_recipes.training.data import Loader, accumulate, build_loader, count_steps, samples_per_step, weigh
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
-from kd_recipes.training.parallel import Parallel, Sharding, local_device
-from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
+from kd_recipes.training.parallel import Parallel, local_device
+from kd_recipes.training.precision import dtype_name, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, check_models, preflight
 from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import NonFiniteError, Updates, require_finite
 
-_SECTIONS = "model.yaml"  # beside the weights: with which sections of a config they are loaded
-
+_BEST_STATE = "best_state"  # of the optimizer, with the weights, where health.action is to go back to them
 __all__ = ["KEYS", "DistillRecipe", "main"]
 
 
@@ -70,10 +72,11 @@ class DistillRecipe(FTRecipeInterface):
         self._samples_per_step = samples_per_step(cfg, self._parallel)
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.step, self._best = 0, math.inf
-        self._history: dict[int, HeldOut] = {}
-        self._is_evaluated, self._saved_at, self._num_skipped = False, 0, 0
+        self._held_out: dict[int, HeldOut] = {}
+        self._is_evaluated, self._is_stopped, self._saved_at, self._num_skipped = False, False, 0, 0
         self._interruption = Interruption(self._parallel)
         self._saving = self._parallel.aside("saving", cfg.distributed_timeout)
+        self._best_state = RunDirectory(self._run.path / _BEST_STATE, keep_last_n=1)
         self._background = Background(self._run, self._saving, enabled=cfg.enable_async_checkpointing)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -99,12 +102,14 @@ class DistillRecipe(FTRecipeInterface):
         )
         self._loader = self._setup_loader("dataset")
         self._eval_loader = None if cfg.eval_dataset is None else self._setup_loader("eval_dataset")
+        self._health = within("health", lambda: build("health", cfg.health)) if self._eval_loader else None
         self._steps_per_epoch = count_steps(len(self._loader), cfg.gradient_accumulation_steps, cfg.max_steps_per_epoch)
         next(weigh(self._loader.batches(), self._token_weights))  # or an error in it
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
         self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
-        self.student = self._setup_student()
-        self._teacher = self._setup_teacher()
+        pair = Pair(cfg, self._dtype, self._device, self._parallel, self._features)
+        self.student, self._teacher = pair.student(self._constraints), pair.teacher()
+        self._meter = StepMeter(self._device, self.student.model, self._teacher and self._teacher.model)
         self._updates = Updates(
             self.student.trainable(),
             {f"feature_losses.{name}": parameter for name, parameter in self._features.named_parameters()},
@@ -116,10 +121,8 @@ class DistillRecipe(FTRecipeInterface):
         if cfg.resume_from_checkpoint:
             self.load_checkpoint(cfg.checkpointer.get("recipe_checkpoint"))
         self._profiler = build_profiler(cfg.profiler)
-        if self._parallel.is_main:
-            self._logger = build("metric_logger", cfg.metric_logger)
-            self._run.open(cfg)
-            self._logger.log_config(without_environment(cfg))
+        self._recorder = self._setup_recorder()
+        self._recorder.resume(self.step)
 
     @property
     def num_steps(self) -> int:
@@ -135,50 +138,27 @@ class DistillRecipe(FTRecipeInterface):
         arguments = (self._cfg, key, self._tokenizer, self._parallel)
         return build_loader(*arguments, seed=self._seed, max_seq_len=self._max_seq_len)
 
-    def _setup_student(self) -> Student:
-        cfg = self._cfg
-        is_split = self._parallel.world_size > 1
-        dtype = torch.float32 if is_split and cfg.master_weights else self._dtype  # FSDP computes in the one asked for
-        loaded = self._load("model", dtype, self._device, is_split)
-        student = Student(
-            loaded.model,
-            cfg.model,
-            loaded.checkpointer,
-            export_dtype=DTYPES.get(cfg.export_dtype, loaded.file_dtype),
-            compute_dtype=self._dtype,
-            schemes=self._constraints.attach(loaded.model),
-            taps=self._features.student_taps,
-            recompute_activations=cfg.enable_activation_checkpointing,
-            offload_activations=cfg.enable_activation_offloading,
-            compile_blocks=cfg.compile,
-        )
-        self._parallel.shard(student.model, self._sharding(self._dtype))
-        return student
-
-    def _load(self, key: str, dtype: torch.dtype, device: torch.device, is_split: bool) -> Loaded:
-        """A model with its weights; one that is to be split is in the main process's host memory alone."""
-        sections = (self._cfg[key], self._cfg[CHECKPOINTERS[key]])
-        device = torch.device("cpu") if is_split else device
-        return load_model(key, *sections, dtype=dtype, device=device, is_main=self._parallel.is_main or not is_split)
-
-    def _sharding(self, dtype: torch.dtype) -> Sharding:
-        cfg = self._cfg
-        layers = tuple(cfg.custom_sharded_layers or ())
-        return Sharding(dtype, cfg.fsdp_reshard_after_forward, layers, cfg.fsdp_cpu_offload)
-
-    def _setup_teacher(self) -> OnlineTeacher | None:
-        cfg = self._cfg
-        if not asks_teacher(cfg):
-            return None
-        device = local_device(cfg.teacher_device or cfg.device)
-        dtype = self._parallel.each(resolve_dtype(cfg.teacher_dtype or cfg.dtype, device))[0]
-        is_split = self._parallel.world_size > 1 and cfg.shard_teacher
-        loaded = self._load("teacher_model", dtype, device, is_split)
-        teacher = OnlineTeacher(loaded.model, device, self._features.teacher_taps, compile_blocks=cfg.compile)
-        if is_split:
-            # without a backward pass, blocks that are not given back after the forward pass never are
-            self._parallel.shard(teacher.model, replace(self._sharding(dtype), reshard_after_forward=True))
-        return teacher
+    def _setup_recorder(self) -> Recorder:
+        cfg, logger = self._cfg, None
+        if self._parallel.is_main:
+            logger = build("metric_logger", cfg.metric_logger)
+            self._run.open(cfg)
+            logger.log_config(without_environment(cfg))
+        recorder = Recorder(self._run.path, self._parallel, logger, self._health)
+        if self._health is not None and self._teacher is not None and self._eval_loader is not None:
+            wanted = self._health.num_prompts, self._health.prompt_length
+            prompts = self._parallel.each(beginnings(self._eval_loader.batches(), *wanted))
+            recorder.behaviour = Behaviour(
+                Speaker(self._teacher.model, self._teacher.signal, self._device),
+                list(itertools.chain(*prompts))[: self._health.num_prompts],
+                self._tokenizer,
+                num_ids=self._num_ids,
+                max_new_tokens=self._health.max_new_tokens,
+            )
+        config: Any = OmegaConf.to_container(without_environment(cfg), resolve=True)
+        traced = self.student.model if cfg.log_graph and self._parallel.world_size == 1 else None
+        recorder.describe(config, traced)
+        return recorder
 
     def train(self) -> None:
         """Run to the last step, then write the final student.
@@ -204,26 +184,29 @@ class DistillRecipe(FTRecipeInterface):
         self._profiler.start()
         is_quiet = not self._parallel.is_main
         with tqdm(total=self.num_steps, initial=self.step, desc="distil", unit="step", disable=is_quiet) as progress:
-            while self.step < self.num_steps:
+            while self.step < self.num_steps and not self._is_stopped:
                 self._train_epoch(progress)
         self._profiler.stop()
         self.evaluate()
 
     def _train_epoch(self, progress: Any) -> None:
         weighed = weigh(self._loader.batches(self.step // self._steps_per_epoch), self._token_weights)
-        meter = StepMeter()
-        for micros in accumulate(weighed, self._cfg.gradient_accumulation_steps):
+        for micros in self._meter.steps(accumulate(weighed, self._cfg.gradient_accumulation_steps)):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
-            now = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
+            planned = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
+            now = self._recorder.adjust(planned)
             objective = replace(self._objective, kd_ratio=now["kd_ratio"], temperature=now["temperature"])
             for batch in micros:
                 loss = self._loss(objective, batch, max(num_tokens, 1))
-                loss.total.backward()
-                meter.add(loss)
+                with self._meter.phase("backward"):
+                    loss.total.backward()
+                self._meter.add(loss, batch)
             self.step += 1
             self._is_evaluated = False
-            metrics = meter.finish(num_tokens, self._parallel.sum) | {f"objective/{key}": now[key] for key in now}
-            self._update(metrics, num_tokens, progress)
+            metrics = self._meter.means(num_tokens, self._parallel.sum) | {f"kd/{key}": now[key] for key in now}
+            with self._meter.phase("optimizer"):
+                self._update(metrics, num_tokens)
+            self._report(metrics, num_tokens, progress)
             self._profiler.step()
             if self._is_due(self._cfg.eval_every_n_steps):
                 self.evaluate()
@@ -231,19 +214,21 @@ class DistillRecipe(FTRecipeInterface):
             if self._is_due(self._cfg.save_every_n_steps) or ends_epoch or self.step == self.num_steps:
                 self.save_checkpoint()
             self._interruption.check(self.step)
-            if ends_epoch or self.step == self.num_steps:
+            if ends_epoch or self.step == self.num_steps or self._is_stopped:
                 return
-            meter = StepMeter()
 
     def _loss(self, objective: Any, batch: Batch, num_tokens: int) -> LossSum:
         asks_teacher = objective.needs_teacher or self._features.needs_teacher
-        signal = self._teacher.signal(batch) if self._teacher and asks_teacher else None
-        student = self.student(batch)
-        loss = objective(student, signal if objective.needs_teacher else None, batch, num_tokens)
-        return self._features(loss, student, signal, batch, num_tokens)  # type: ignore[no-any-return]
+        with self._meter.phase("teacher"):
+            signal = self._teacher.signal(batch) if self._teacher and asks_teacher else None
+        with self._meter.phase("student"):
+            student = self.student(batch)
+        with self._meter.phase("loss"):
+            loss = objective(student, signal if objective.needs_teacher else None, batch, num_tokens)
+            return self._features(loss, student, signal, batch, num_tokens)  # type: ignore[no-any-return]
 
-    def _update(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
-        """Change the student by the gradients collected, unless they are of no use, and report the step."""
+    def _update(self, metrics: dict[str, float], num_tokens: int) -> None:
+        """Change the student by the gradients collected, unless they are of no use."""
         metrics["optimizer/grad_norm"] = self._updates.collect()
         metrics["optimizer/lr"] = self._updates.optimizer.param_groups[0]["lr"]
         if num_tokens == 0:
@@ -260,10 +245,14 @@ class DistillRecipe(FTRecipeInterface):
             return
         self._updates.apply(self._constraints.update(self._updates.parameters, self.step, self.num_steps))
         metrics |= self._constraints.metrics(self._updates.parameters)
-        if self._cfg.log_peak_memory_stats and self._device.type == "cuda":
-            metrics.update({f"memory/{k}": v for k, v in training.get_memory_stats(device=self._device).items()})
-        if self._parallel.is_main and self._is_due(self._cfg.log_every_n_steps):
-            log(self._logger, "", metrics, self.step)
+
+    def _report(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
+        metrics |= self._meter.finish(num_tokens)
+        is_comparable = metrics["kd/temperature"] == 1 and self._cfg.teacher_temperature in (None, 1)
+        is_logged = self._is_due(self._cfg.log_every_n_steps)
+        self._recorder.step(self.step, metrics, is_logged=is_logged, is_comparable=is_comparable)
+        if self._is_due(self._cfg.log_histograms_every_n_steps):
+            self._recorder.histograms(self.step, self._updates.parameters)
         progress.update()
         progress.set_postfix(
             loss=f"{metrics['loss/total']:.3f}", tok_s=f"{metrics['throughput/tokens_per_second']:.0f}"
@@ -298,17 +287,30 @@ class DistillRecipe(FTRecipeInterface):
             self._parallel.sum,
         )
         self.student.model.train()
-        self._history[self.step] = held_out
+        self._held_out[self.step] = held_out
         self._is_evaluated = True
-        if self._parallel.is_main:
-            log(self._logger, "held_out/", held_out.metrics(), self.step)
-            tqdm.write(
-                f"step {self.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.metrics().items())
-            )
+        speaker = Speaker(self.student.model, self.student, self._device)
+        alerts = self._recorder.evaluation(self.step, held_out, speaker)
         score = held_out.score(self._cfg.best_metric, self._schedules["kd_ratio"].end)
         if score < self._best:
             self._best = score
             self._export("best")
+            if self._health is not None and self._health.action == "restore_best":
+                self._best_state.save(self.step, *self._updates.state_dict(), self._parallel)
+        if alerts:
+            self._act(alerts)
+
+    def _act(self, alerts: list[Alert]) -> None:
+        """What ``health.action`` says, besides what the recorder does to the objective."""
+        assert self._health is not None
+        signals = ", ".join(alert.signal for alert in alerts)
+        if self._health.action == "stop":
+            self._is_stopped = True
+            tqdm.write(f"step {self.step}: stopped by health.action, for {signals}")
+        if self._health.action == "restore_best":
+            directory, state = self._parallel.on_main(self._best_state.load)
+            self._updates.restore(directory, state, self._parallel)
+            tqdm.write(f"step {self.step}: going on from the student of {directory.name}, for {signals}")
 
     def save_checkpoint(self) -> None:
         """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
@@ -351,9 +353,10 @@ class DistillRecipe(FTRecipeInterface):
     def _write(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         with atomic_directory(self._run.path / name) as directory:
             self.student.export(weights, directory, adapter_only=self._cfg.save_adapter_weights_only)
-            if (directory / _SECTIONS).is_file():  # of where it has been written, or of the student that it was
-                OmegaConf.save(sections(directory, self._run.path / name), directory / _SECTIONS)
-            held_out = self._history[self.step].metrics() if self.step in self._history else {}
+            constraints = self._constraints.describe()
+            record = {"step": "distillation", "constraints": constraints}
+            settle(directory, self._run.path / name, record, is_new=bool(constraints))
+            held_out = self._held_out[self.step].metrics() if self.step in self._held_out else {}
             write_json(directory / "held_out.json", {"step": self.step, **held_out})
 
     def _finish(self) -> None:
@@ -373,8 +376,7 @@ class DistillRecipe(FTRecipeInterface):
 
     def cleanup(self) -> None:
         """Flush the metric logger, and part from the other processes."""
-        if self._parallel.is_main:
-            self._logger.close()
+        self._recorder.close()
         self._parallel.stop()
 
 

@@ -21,9 +21,10 @@ from omegaconf import DictConfig
 from kd_recipes.config import Key, hide_environment, load, validate
 from kd_recipes.errors import ConfigError, Problem, RunError
 
-RECIPES = ("compress", "distill", "evaluate", "import_gguf")
+RECIPES = ("compress", "distill", "evaluate", "import_gguf", "sweep")
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
+_PARALLEL = ("distill", "evaluate")  # recipes that share their work out to the processes of torchrun
 EXIT_BAD_INPUT = 2
 
 
@@ -70,7 +71,7 @@ def recipe_module(name: str) -> Any:
 
 def _require_one_process(recipe: str) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 and recipe != "distill":  # each would do the whole job, and write over what the others write
+    if num_processes > 1 and recipe not in _PARALLEL:  # each would do it all, and write over what the others write
         wanted = f"1: `{recipe}` runs in a single process"
         raise ConfigError(Problem("--nproc_per_node", num_processes, wanted, "Leave the torchrun options out"))
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.config import Key
 from kd_recipes.errors import ConfigError
-from kd_recipes.training.precision import DTYPES
-
-_DTYPES = {**DTYPES, "fp16": torch.float16}
+from kd_recipes.storage import FILE_DTYPES
 
 KEYS = (
     Key("recipe", "str", wanted="import_gguf"),
     Key("gguf_file", "path", required=True, wanted="a GGUF file of architecture llama or qwen2"),
     Key("output_dir", "path", required=True, wanted="a new or empty directory"),
-    Key("dtype", "choice", default="bf16", wanted=f"one of {', '.join(_DTYPES)}", check=lambda name: name in _DTYPES),
+    Key(
+        "dtype",
+        "choice",
+        default="bf16",
+        wanted=f"one of {', '.join(FILE_DTYPES)}",
+        check=lambda name: name in FILE_DTYPES,
+    ),
 )
 
 
@@ -31,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     from kd_recipes.importing.gguf import import_gguf
 
     directory = Path(cfg.output_dir)
-    hf_config = import_gguf(Path(cfg.gguf_file), directory, dtype=_DTYPES[cfg.dtype])
+    hf_config = import_gguf(Path(cfg.gguf_file), directory, dtype=FILE_DTYPES[cfg.dtype])
     print(f"Wrote {directory}, which transformers loads as it is.")
     try:
         text = OmegaConf.to_yaml(OmegaConf.create(sections(directory, hf_config)))

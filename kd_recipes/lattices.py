@@ -23,6 +23,7 @@ _FORMS = (
     "gguf_q8_0, gguf_q4_0, int2 to int8, ternary, binary (each of these also with a group size: int4_g32), "
     "8da4w_g32 (or another group size), 8da8w, or float8"
 )
+HQQ_FORMS = "a scheme of integers for hqq: gguf_q8_0, gguf_q4_0, int2 to int8 (also int4_g32), 8da4w_g32, or 8da8w"
 _FORM = re.compile(r"(int[2-8]|ternary|binary|8da4w(?=_g))(?:_g([1-9][0-9]*))?")
 # Weights at a time: temporaries stay small beside an embedding, and on a CPU in its cache (twice as fast).
 _WEIGHTS_ON_CPU, _WEIGHTS_ELSEWHERE = 2**20, 2**24
@@ -60,8 +61,8 @@ class Scheme:
     dynamic_activations: bool = False
 
     @classmethod
-    def parse(cls, name: str) -> Scheme:
-        """The scheme of a name.
+    def parse(cls, name: str, key: str = "scheme") -> Scheme:
+        """The scheme of a name; ``key`` is the setting that it comes from.
 
         ``gguf_q8_0`` and ``gguf_q4_0`` are llama.cpp's (and the same as ``int8_g32`` and ``int4_g32``), its TQ2_0 is
         ``ternary_g256`` and Q1_0 ``binary_g128``; without a group size a row has one scale. ``8da4w_g32`` and
@@ -73,7 +74,7 @@ class Scheme:
         if name in _NAMED:
             return _NAMED[name]
         if not (form := _FORM.fullmatch(str(name))):
-            raise ConfigError(Problem("scheme", name, _FORMS))
+            raise ConfigError(Problem(key, name, _FORMS))
         group_size = int(form[2]) if form[2] else None
         match form[1]:
             case "8da4w":
@@ -144,13 +145,41 @@ def quantize(weight_OI: Tensor, scheme: Scheme) -> Quantized:
     Raises:
         ConfigError: the scheme's group size does not divide I.
     """
+    return _quantize(weight_OI, scheme, _scales)
+
+
+@torch.no_grad()
+def hqq(weight_OI: Tensor, scheme: Scheme) -> Quantized:
+    """As :func:`quantize`, with the scales that torchao's half-quadratic solver ends at, all of them positive.
+
+    From the largest magnitude over the lowest code on, ``q = round(w / s)`` and ``s = <w, q> / <q, q>`` by turns, 20
+    times: the scale's half of https://mobiusml.github.io/hqq_blog/, without its zero points and its norm below 1.
+
+    Raises:
+        ConfigError: a scheme of another kind than int, or whose group size does not divide I.
+    """
+    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq as solve
+
+    if scheme.kind != "int":
+        raise ConfigError(Problem("scheme", scheme.name, HQQ_FORMS))
+
+    def solved(weight_OGg: Tensor, scheme: Scheme) -> Tensor:
+        # its tolerance looks at all rows together, and where a row ends must not depend on the others
+        block = [1, weight_OGg.shape[-1]]
+        _, scales_OG = solve(weight_OGg.flatten(1), block, *scheme.code_range, early_stop_tol=0.0)
+        return _as_kept(scales_OG, scheme)
+
+    return _quantize(weight_OI, scheme, solved)
+
+
+def _quantize(weight_OI: Tensor, scheme: Scheme, choose: Callable[[Tensor, Scheme], Tensor]) -> Quantized:
     num_inputs = weight_OI.shape[1]
     scheme.check(num_inputs, "scheme")
     codes, scales = [], []
     at_a_time = _WEIGHTS_ON_CPU if weight_OI.device.type == "cpu" else _WEIGHTS_ELSEWHERE
     for rows in weight_OI.split(max(1, at_a_time // num_inputs)):
         weight_OGg = rows.to(torch.float32).contiguous().unflatten(1, (-1, scheme.group_size or num_inputs))
-        scales.append(_scales(weight_OGg, scheme))
+        scales.append(choose(weight_OGg, scheme))
         values = _codes(weight_OGg, scales[-1], scheme).flatten(1)
         codes.append(values.to(torch.float8_e4m3fn if scheme.kind == "float8" else torch.int8).view(torch.int8))
     return Quantized(torch.cat(codes), torch.cat(scales), scheme)

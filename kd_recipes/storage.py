@@ -28,6 +28,9 @@ from kd_recipes.errors import ConfigError, Problem, RunError
 # The limit of the reference implementation: a larger length is a damaged file, not a large model.
 MAX_HEADER_BYTES = 100_000_000
 
+# What weights are written in, by the names of configs.
+FILE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 _MANIFEST = "manifest.json"
 
 _DTYPE_NAMES = {
@@ -128,6 +131,27 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling of ``path`` for what is needed on the way to it; it is removed in any case.
+
+    One user per path and process. What dead processes left beside it (``.<name>.scratch-<pid>``) is removed first.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    path = Path(os.path.abspath(path))
+    scratch = path.with_name(f".{path.name}.scratch-{os.getpid()}")
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_stale(path, ("scratch",))
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _replace_directory(path: Path, new: Path) -> None:
     """Rename ``new`` to ``path``; a directory there is moved aside first and deleted last."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -145,11 +169,11 @@ def _replace_directory(path: Path, new: Path) -> None:
         shutil.rmtree(old)
 
 
-def _clean_stale(path: Path) -> None:
+def _clean_stale(path: Path, kinds: Sequence[str] = ("tmp", "old")) -> None:
     """Remove temporary directories of dead writers; put back a directory that one of them had moved aside."""
     for stale in path.parent.glob(f".{path.name}.*-*"):
         kind, _, pid = stale.name.removeprefix(f".{path.name}.").partition("-")
-        if kind not in ("tmp", "old") or not pid.isdecimal() or _is_another_live_process(int(pid)):
+        if kind not in kinds or not pid.isdecimal() or _is_another_live_process(int(pid)):
             continue
         if kind == "old" and not path.exists():
             stale.rename(path)

@@ -15,6 +15,7 @@ from kd_recipes.errors import Problem
 # Not all of torch: torch.hub.load and others like it fetch code, and run it.
 TRUSTED = (
     *("kd_recipes.compression", "kd_recipes.losses", "kd_recipes.models", "kd_recipes.tokenizers"),
+    "kd_recipes.monitoring",
     *("torch.nn", "torch.optim", "torchao.float8", "torchao.optim", "torchao.quantization", "torchao.sparsity"),
     *("torchtune.data", "torchtune.datasets", "torchtune.models", "torchtune.modules", "torchtune.training"),
 )

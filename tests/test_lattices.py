@@ -21,6 +21,7 @@ from kd_recipes.lattices import (
     fake_quantize,
     fake_quantize_activations,
     gptq,
+    hqq,
     pack,
     quantize,
     unpack,
@@ -361,6 +362,82 @@ def test_gguf_own_rounding_is_no_better(name: str, margin: float) -> None:
     _, qtype = gguf_bytes(quantized)
     theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(of.numpy(), qtype), qtype))
     assert errors(of, quantized).sum() <= margin * (theirs - of).double().square().sum()
+
+
+def solved(of: Tensor, scheme: Scheme) -> Tensor:
+    """Where 20 rounds of codes for scales, and scales for codes, lead from the largest magnitude on, in float32."""
+    groups = of.view(of.shape[0], -1, scheme.group_size or of.shape[1])
+    scales = groups.abs().amax(-1) / -scheme.code_range[0]
+    for _ in range(20):
+        codes = (groups / scales[..., None]).round().clamp(*scheme.code_range)
+        scales = (groups * codes).sum(-1) / codes.square().sum(-1)
+    return scales.to(scheme.scale_dtype)
+
+
+@pytest.mark.parametrize("make", [weight, heavy_tailed])
+@pytest.mark.parametrize("name", INT)
+def test_hqq_alternates_between_codes_and_positive_scales(name: str, make: Callable[..., Tensor]) -> None:
+    scheme, of = Scheme.parse(name), make()
+    found = hqq(of, scheme)
+    assert (found.codes.dtype, found.codes.shape) == (torch.int8, of.shape)
+    assert (found.scales.dtype, found.scales.shape) == (scheme.scale_dtype, quantize(of, scheme).scales.shape)
+    assert (found.scales > 0).all()
+    torch.testing.assert_close(found.scales, solved(of, scheme), rtol=2e-3, atol=0)  # a sum may tip a code
+    # codes are the nearest under the scales as they are kept
+    steps = of.view(*found.scales.shape, -1).double() / found.scales.double()[..., None]
+    nearest = steps.clamp(*scheme.code_range)
+    assert ((found.codes.view_as(steps) - nearest).abs() <= 0.5000001).all()
+    # computed in float32 whatever the dtype, and of each row by itself
+    half = of.to(torch.bfloat16)
+    assert torch.equal(hqq(half, scheme).codes, hqq(half.float(), scheme).codes)
+    assert torch.equal(hqq(of[5:8], scheme).dequantize(), found.dequantize()[5:8])
+
+
+@pytest.mark.parametrize("name", [name for name in INT if "8" not in name.removeprefix("8da")])
+def test_hqq_costs_less_than_the_largest_magnitude_over_the_lowest_code(name: str) -> None:
+    scheme, of = Scheme.parse(name), heavy_tailed(64, 512)
+    groups = of.view(64, -1, scheme.group_size or 512).double()
+    scales = groups.abs().amax(-1, keepdim=True) / -scheme.code_range[0]
+    plain = (groups - scales * (groups / scales).round().clamp(*scheme.code_range)).square().sum()
+    assert errors(of, hqq(of, scheme)).sum() < {2: 0.9, 3: 0.95}.get(scheme.bits, 1.0) * plain
+
+
+@pytest.mark.parametrize(
+    ("name", "is_nearer"),
+    [
+        *((name, True) for name in ("gguf_q8_0", "int8_g64", "int8", "8da8w", "8da4w_g32", "int4")),
+        *((name, False) for name in ("gguf_q4_0", "int2_g64", "int3_g64", "int4_g64", "int5_g32", "int6_g32")),
+    ],
+)
+def test_hqq_is_nearer_than_quantize_where_that_does_not_refine(name: str, is_nearer: bool) -> None:
+    """In sum |e|^0.7, on heavy tails: where few weights share a scale, a negative one and two starts are worth more."""
+    scheme, of = Scheme.parse(name), heavy_tailed(256, 512)
+    solved_norm, rounded_norm = (
+        float((quantized.dequantize().double() - of.double()).abs().pow(0.7).sum())
+        for quantized in (hqq(of, scheme), quantize(of, scheme))
+    )
+    assert (solved_norm < rounded_norm) is is_nearer
+
+
+@pytest.mark.parametrize("name", INT)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e4])
+def test_hqq_of_tiny_and_huge_weights_and_zeros(name: str, size: float) -> None:
+    scheme, extreme = Scheme.parse(name), weight() * size
+    extreme[3, :256] = 0
+    extreme[5] = 0
+    found = hqq(extreme, scheme)
+    assert found.dequantize().isfinite().all()
+    assert (found.scales > 0).all()
+    assert not found.dequantize()[5].any()
+    assert (errors(extreme, found) <= 1.000001 * errors(extreme, hqq(extreme * 0, scheme))).all()
+
+
+@pytest.mark.parametrize("name", ["ternary", "ternary_g256", "binary_g128", "float8"])
+def test_hqq_takes_integers_alone(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"scheme: got '{name}', wanted a scheme of integers for hqq: gguf_q8_0, "):
+        hqq(weight(), Scheme.parse(name))
+    with pytest.raises(ConfigError, match="divides 512 inputs"):
+        hqq(weight(), Scheme.parse("int4_g96"))
 
 
 def correlated_inputs(columns: int = 512, tokens: int = 2048) -> Tensor:

@@ -123,6 +123,28 @@ def test_directory_of_a_live_process_is_left_alone(tmp_path: Path) -> None:
     assert other.is_dir()
 
 
+def test_scratch_is_gone_in_any_case(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with storage.scratch_directory(target) as scratch:
+        (scratch / "part").write_text("x")
+        with atomic_directory(target) as temporary:  # the same path's, within
+            (temporary / "a.txt").write_text((scratch / "part").read_text())
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    with pytest.raises(KeyboardInterrupt), storage.scratch_directory(target) as scratch:
+        raise KeyboardInterrupt
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    with pytest.raises(StorageError, match="No space left"), storage.scratch_directory(target):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_scratch_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".model.scratch-{pid}" for pid in (dead_pid(), os.getpid(), os.getppid())]
+    for path in left:
+        path.mkdir()
+    with storage.scratch_directory(tmp_path / "model") as scratch:
+        assert {*tmp_path.iterdir()} == {scratch, left[2]}  # which a live process uses
+
+
 def test_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_safetensors(path, specs_of(TENSORS), iter(TENSORS.values()))

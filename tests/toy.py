@@ -381,5 +381,10 @@ def tensorboard_scalars(run: Path) -> dict[str, dict[int, float]]:
 
     events = EventAccumulator(str(next((run / "logs").rglob("events.out.tfevents.*")).parent)).Reload()
     # torchtune writes scalars as tensors of one element, which TensorBoard shows as the scalars that they are
+    # and texts and settings as tensors of other types
     values = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
-    return {tag: {event.step: event.tensor_proto.float_val[0] for event in of} for tag, of in values.items()}
+    return {
+        tag: {event.step: event.tensor_proto.float_val[0] for event in of}
+        for tag, of in values.items()
+        if of[0].tensor_proto.float_val
+    }

@@ -19,10 +19,8 @@ from torchtune import training
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 from torchtune.data import padded_collate_packed, padded_collate_sft
-from torchtune.generation import generate
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
-from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import (
     DoRALinear,
     get_adapter_params,
@@ -33,6 +31,8 @@ from torchtune.modules.peft import (
 )
 from torchtune.utils import get_logger
 
+from kd_recipes._torchtune.caches import Decoding as Decoding
+from kd_recipes._torchtune.caches import decoding as decoding
 from kd_recipes._torchtune.heads import Headless as Headless
 from kd_recipes._torchtune.heads import take_head as take_head
 from kd_recipes._torchtune.heads import without_head as without_head
@@ -247,23 +247,6 @@ def merged_student(weights: Mapping[str, Tensor], model_cfg: DictConfig, dtype: 
         training.ADAPTER_KEY: adapter_state,
         training.ADAPTER_CONFIG: adapter_config,
     }
-
-
-def greedy(model: TransformerDecoder, prompt: Sequence[int], num_tokens: int, stop_tokens: Sequence[int]) -> list[int]:
-    """The likeliest continuation of a prompt, token by token, by a model that still has its head.
-
-    Returns:
-        The ids after the prompt, up to and without a stop token.
-    """
-    first = next(model.parameters())
-    tokens_S = torch.tensor(prompt, device=first.device)
-    length = len(prompt) + num_tokens
-    caches = local_kv_cache(model, batch_size=1, device=first.device, dtype=first.dtype, decoder_max_seq_len=length)
-    with caches, torch.no_grad():
-        output, _ = generate(model, tokens_S, max_generated_tokens=num_tokens, top_k=1, stop_tokens=list(stop_tokens))
-    continuation: list[int] = output[0, len(prompt) :].tolist()
-    stops = [index for index, token in enumerate(continuation) if token in stop_tokens]
-    return continuation[: stops[0]] if stops else continuation
 
 
 # ------------------------------------------------------------------------------------------------------------- data

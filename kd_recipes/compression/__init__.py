@@ -10,6 +10,7 @@ from kd_recipes.compression.depth import DepthPruning, block_influence, choose_b
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.low_rank import LowRank, TensorDecomposition
 from kd_recipes.compression.quantization import Quantization, QuantizationAwareTraining
+from kd_recipes.compression.smoothing import Smoothing
 from kd_recipes.compression.sparsity import GradualSparsity, KeepZeros, Sparsification
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Stream, Text, cross_entropy
@@ -28,6 +29,7 @@ __all__ = [
     "LowRank",
     "Quantization",
     "QuantizationAwareTraining",
+    "Smoothing",
     "Sparsification",
     "Step",
     "Stream",

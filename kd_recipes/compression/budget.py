@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Text, cross_entropy
 from kd_recipes.compression.width import WidthPruning, narrowed_config
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.storage import scratch_directory
 
 _CLOSE = 0.02  # of the budget, that a candidate may stay below it
 
@@ -109,17 +109,14 @@ class Budget(Step):
         return Candidate(num_blocks, num_groups, embed_dim, num_neurons, count(num_neurons))
 
     def check(self, form: Form) -> Form:
-        """See :class:`Step`; what is left is known up to the proportion of blocks and neurons."""
+        """See :class:`Step`; what is left is any of the candidates."""
         form.require("pruning of widths")
-        shapes = self.candidates(form)
-        for shape in shapes:
-            self._depth(shape).check(form)
-        # what divides all of them: whatever divides that will divide the one that is chosen
-        num_neurons, embed_dim = (
-            math.gcd(*(getattr(shape, name) for shape in shapes)) for name in ("intermediate_dim", "embed_dim")
-        )
-        config = narrowed_config(form, num_neurons, min(shape.num_kv_heads for shape in shapes), embed_dim)
-        return replace(form, config={**config, "num_hidden_layers": min(shape.num_blocks for shape in shapes)})
+        forms = []
+        for shape in self.candidates(form):
+            shallow = self._depth(shape).check(form)
+            config = narrowed_config(shallow, shape.intermediate_dim, shape.num_kv_heads, shape.embed_dim)
+            forms.append(replace(shallow, config=config))
+        return replace(forms[0], alternatives=tuple(forms[1:]))
 
     def _depth(self, shape: Candidate) -> DepthPruning:
         return DepthPruning(num_blocks=shape.num_blocks, protected=self.protected)
@@ -128,17 +125,19 @@ class Budget(Step):
         """See :class:`Step`; prints the candidates and their losses."""
         shapes = self.candidates(Form(source.config))
         losses: list[float] = []
-        pruned: list[HFCheckpoint] = []
-        destination_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination_dir.absolute().parent, prefix=".candidates-") as place:
+        best, kept = 0, source
+        with scratch_directory(destination_dir) as place:
             for index, shape in enumerate(tqdm(shapes, "candidates", unit="shape")):
-                pruned.append(self._prune(source, Path(place) / str(index), shape, text))
-                losses.append(cross_entropy(pruned[-1], text))
-            best = losses.index(min(losses))
+                pruned = self._prune(source, place / str(index), shape, text)
+                losses.append(cross_entropy(pruned, text))
+                lost = index
+                if index == 0 or losses[index] < losses[best]:
+                    lost, best, kept = best, index, pruned
+                if lost != best:  # so that the disk holds two at a time
+                    shutil.rmtree(place / str(lost), ignore_errors=True)  # there is none of the source itself
             tqdm.write(report(shapes, losses, best))
             rows = [{**asdict(shape), "loss": loss} for shape, loss in zip(shapes, losses, strict=True)]
             record = {**self.describe(), "candidates": rows}
-            kept = pruned[best]
             tensors = kept.tensors([spec.name for spec in kept.specs])
             return write_checkpoint(kept, destination_dir, tensors, record=record)
 
@@ -149,7 +148,10 @@ class Budget(Step):
         method = WidthPruning(shape.intermediate_dim, shape.num_kv_heads, shape.embed_dim, self.multiple_of)
         if method.sizes(form) == (form.intermediate_dim, form.num_kv_heads, form.embed_dim):
             return pruned
-        return method.apply(pruned, place / "width", text)
+        narrow = method.apply(pruned, place / "width", text)
+        if is_shallower:
+            shutil.rmtree(pruned.directory)
+        return narrow
 
 
 def report(shapes: Sequence[Candidate], losses: Sequence[float], best: int) -> str:

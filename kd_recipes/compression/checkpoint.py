@@ -35,6 +35,7 @@ from kd_recipes.storage import (
 
 MAX_FILE_BYTES = 2_000_000_000
 RECORD = "compression.json"
+SECTIONS = "model.yaml"
 _INDEX = "model.safetensors.index.json"
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..+")
 _COMPANIONS = (
@@ -135,10 +136,11 @@ def write_checkpoint(
     destination_dir: Path,
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    record: Mapping[str, object],
+    record: Mapping[str, object] | None,
     config: Mapping[str, Any] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
     schemes: Mapping[str, str] | None = None,
+    num_bytes: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> HFCheckpoint:
     """Write what a checkpoint has become; the result is whole or absent.
@@ -151,27 +153,50 @@ def write_checkpoint(
         source: what it was.
         destination_dir: the directory to make.
         tensors: what it is now, by the names of Hugging Face's files; taken one at a time.
-        record: what was done; what ``compression.json`` of the source says comes before it.
+        record: what was done; what ``compression.json`` of the source says comes before it. None leaves it to
+            :func:`settle`.
         config: config.json of the dense model; the source's by default.
         ranks: as :attr:`HFCheckpoint.ranks`, complete; filled while ``tensors`` are taken, if need be.
         schemes: likewise.
+        num_bytes: of what is written, as far as is known; as much as the source by default, where there are no factors
+            and no codes.
         max_file_bytes: tensors are gathered in memory to files of about this size.
 
     Returns:
         The checkpoint written.
 
     Raises:
-        ConfigError: the disk is full.
+        ConfigError: the disk has not so much room.
+        StorageError: it is full.
     """
-    require_free_space(destination_dir, source.num_bytes, key="output_dir")
+    if num_bytes is None:
+        num_bytes = source.num_bytes if ranks is None and schemes is None else 0
+    require_free_space(destination_dir, num_bytes, key="output_dir")
     with atomic_directory(destination_dir) as directory:
         _write_files(directory, tensors, max_file_bytes)
         write_json(directory / "config.json", compressed_config(config or source.config, ranks, schemes))
-        write_json(directory / RECORD, {"steps": [*lineage(source.directory), record]})
+        write_json(directory / RECORD, {"steps": [*lineage(source.directory), *([] if record is None else [record])]})
         _copy_companions(source.directory, directory)
         with suppress(ConfigError):  # there may be no builder to name; transformers loads it all the same
-            OmegaConf.save(sections(directory, destination_dir), directory / "model.yaml")
+            OmegaConf.save(sections(directory, destination_dir), directory / SECTIONS)
     return read_checkpoint(destination_dir)
+
+
+def settle(directory: Path, destination_dir: Path, record: Mapping[str, object], *, is_new: bool = False) -> None:
+    """Make what a checkpointer has written say what has been done last, and where it will lie.
+
+    torchtune's copy ``compression.json`` and ``model.yaml`` of the model that it was; ours knows its own directory.
+
+    Args:
+        directory: what has been written; changed in place.
+        destination_dir: where it will be.
+        record: what was done.
+        is_new: whether a directory without ``compression.json`` gets one.
+    """
+    if is_new or (directory / RECORD).is_file():
+        write_json(directory / RECORD, {"steps": [*lineage(directory), record]})
+    if (directory / SECTIONS).is_file():
+        OmegaConf.save(sections(directory, destination_dir), directory / SECTIONS)
 
 
 def add_figures(directory: Path, figures: Mapping[str, object]) -> None:

@@ -42,7 +42,7 @@ class CompressedCheckpointer:
         intermediate_checkpoint: bool = False,
         adapter_only: bool = False,
     ) -> None:
-        """Write a model to ``output_dir/epoch_<n>``.
+        """Write a model to ``output_dir/epoch_<n>``; what was done to it is for :func:`settle` to say.
 
         Args:
             state_dict: ``model``, the weights under torchtune's names, and ``schemes`` of those that become codes.
@@ -55,7 +55,7 @@ class CompressedCheckpointer:
             self._source,
             self._output_dir / f"epoch_{epoch}",
             to_file(_coded(state_dict[training.MODEL_KEY], schemes), self._source.config),
-            record={"step": "distillation"},
+            record=None,
             ranks=self._source.ranks,
             schemes=schemes,
         )

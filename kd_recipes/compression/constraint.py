@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kd_recipes.compression.form import Form
@@ -40,6 +41,11 @@ class Constraint(ABC):  # noqa: B024 -- every hook has a default: a constraint n
             num_steps: of the whole run.
         """
         yield
+
+    def describe(self) -> dict[str, Any]:
+        """Its name and settings, as ``compression.json`` has them."""
+        settings = OmegaConf.to_container(OmegaConf.create(vars(self)), resolve=True)
+        return {"constraint": type(self).__name__, **settings}  # type: ignore[dict-item]
 
     def metrics(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
         """What a curve should show of it."""

@@ -16,6 +16,9 @@ from kd_recipes.compression.form import Form, zero_pattern
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.lattices import Quantized, Scheme, pack, unpack
 
+TABLES = ("tok_embeddings", "output")  # by torchtune's names; a tied head is the embedding
+_KEEP_ZEROS = {"KeepZeros", "GradualSparsity"}
+
 
 def as_tune(source: HFCheckpoint, names: Sequence[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint by torchtune's names, rows in its order; codes have become what they stand for.
@@ -62,21 +65,37 @@ def has_place(name: str, source: HFCheckpoint) -> bool:
 def form_of(source: HFCheckpoint) -> Form:
     """Of a checkpoint; of its weights one is read, for what zeros there are.
 
-    On a lattice weights are zero by chance: such zeros count where a step has put them there, or the pattern is 2:4.
+    On a lattice weights are zero by chance: such zeros count where the lineage says that they have been put there and
+    kept since, or the pattern is 2:4. What a quantized GGUF file was imported as is on a lattice, too.
     """
     names = [name for name in source.names(0) if ".up_proj.weight" in name]  # or its codes
     patterns = [zero_pattern(tensor) for tensor in as_tune(source, names).values()]
-    steps = {step.get("step") for step in lineage(source.directory)}
-    is_rounded = bool(source.schemes) or "Quantization" in steps
-    if is_rounded and "Sparsification" not in steps and patterns == ["unstructured"]:
+    if patterns == ["unstructured"] and _zeros_by_chance(source):
         patterns = []
-    ranks = [rank for ranks in source.ranks.values() for rank in ranks]
+    blocks, tables = (
+        math.gcd(*(rank for layer, ranks in source.ranks.items() for rank in ranks if (layer in TABLES) == are_tables))
+        for are_tables in (False, True)
+    )
     return Form(
         source.config,
         zeros=patterns[0] if patterns else "none",
-        rank_multiple=math.gcd(*ranks) if ranks else 0,
+        rank_multiple=blocks,
+        table_rank=tables,
         schemes=frozenset(source.schemes.values()),
     )
+
+
+def _zeros_by_chance(source: HFCheckpoint) -> bool:
+    """Whether weights are on a lattice, or were and have not been trained off it, and nothing has put zeros there."""
+    is_rounded = are_put = False
+    for record in lineage(source.directory):
+        name = record.get("step")
+        if name == "distillation" and "constraints" in record:
+            held = {constraint["constraint"] for constraint in record["constraints"]}
+            is_rounded, are_put = "QuantizationAwareTraining" in held, not held.isdisjoint(_KEEP_ZEROS)
+        is_rounded |= name == "Quantization" or bool(record.get("quantizations"))
+        are_put |= name == "Sparsification"
+    return (is_rounded or bool(source.schemes)) and not are_put
 
 
 def _in_dim(key: str, source: HFCheckpoint) -> int:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def rank_by_ratio(out_dim: int, in_dim: int, ratio: float) -> int:
     _check_ratio(ratio)
     rank = int(ratio * out_dim * in_dim / (out_dim + in_dim) + _ROUNDING)
     if rank < 1:
-        least = f"{1 / out_dim + 1 / in_dim:.3g}"
+        least = _at_least(1 / out_dim + 1 / in_dim)
         raise ConfigError(Problem(".ratio", ratio, f"from {least}, rank 1 of a {out_dim} x {in_dim} matrix"))
     return rank
 
@@ -140,20 +140,13 @@ def ranks_by_budget(
     Raises:
         ConfigError: a ratio that is not between 0 and 1, or that does not pay for the least rank of each matrix.
     """
-    _check_ratio(ratio)
-    if multiple_of < 1:
-        raise ConfigError(Problem(".multiple_of", multiple_of, "a whole number above 0"))
     assert values.keys() == shapes.keys(), "singular values and shapes are of the same matrices"
+    left = left_by_budget(list(shapes.values()), ratio, multiple_of)
 
     def cost(name: str, num_groups: int) -> int:
         return min(num_groups * multiple_of * sum(shapes[name]), math.prod(shapes[name]))
 
     taken = dict.fromkeys(values, 1)
-    total = sum(math.prod(shape) for shape in shapes.values())
-    least = sum(cost(name, 1) for name in values)
-    left = int(ratio * total + _ROUNDING) - least
-    if left < 0:
-        raise ConfigError(Problem(".ratio", ratio, f"from {least / total:.3g}, rank {multiple_of} of each matrix"))
     gains: list[tuple[float, str]] = []
     for name, values_N in values.items():
         squares_N = values_N.double().square()
@@ -167,6 +160,29 @@ def ranks_by_budget(
             taken[name] += 1
     dense = {name for name in values if cost(name, taken[name]) == math.prod(shapes[name])}
     return {name: None if name in dense else number * multiple_of for name, number in taken.items()}
+
+
+def left_by_budget(shapes: Sequence[tuple[int, int]], ratio: float, multiple_of: int = 1, key: str = ".ratio") -> int:
+    """Parameters that :func:`ranks_by_budget` can spread once each matrix has its least rank.
+
+    Args:
+        shapes: ``(O, I)`` of each matrix.
+        ratio: parameters that may be left, as a share of all matrices' together.
+        multiple_of: of every rank; a matrix whose factors would be no smaller stays whole.
+        key: the setting that the ratio comes from, for the message.
+
+    Raises:
+        ConfigError: a ratio that is not between 0 and 1, or that does not pay for the least ranks.
+    """
+    _check_ratio(ratio)
+    if multiple_of < 1:
+        raise ConfigError(Problem(".multiple_of", multiple_of, "a whole number above 0"))
+    total = sum(math.prod(shape) for shape in shapes)
+    least = sum(min(multiple_of * sum(shape), math.prod(shape)) for shape in shapes)
+    left = int(ratio * total + _ROUNDING) - least
+    if left < 0:
+        raise ConfigError(Problem(key, ratio, f"from {_at_least(least / total)}, rank {multiple_of} of each matrix"))
+    return left
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,20 @@ def tucker(stack_LOI: Tensor, ratio: float) -> TensorFactors:
     Raises:
         ConfigError: tensorly is missing, or a ratio that is not between 0 and 1 or does not pay for ranks of 1.
     """
-    sizes = tuple(stack_LOI.shape)
+
+    def decompose(tensorly: Any, stack: Tensor, ranks: _Ranks) -> tuple[list[Tensor], Tensor]:
+        core, factors = tensorly.decomposition.tucker(stack, list(ranks))
+        return [core, *factors], tensorly.tucker_to_tensor((core, factors))
+
+    return _decomposed(stack_LOI, tucker_ranks(tuple(stack_LOI.shape), ratio), decompose)
+
+
+def tucker_ranks(sizes: _Ranks, ratio: float) -> _Ranks:
+    """The ranks that :func:`tucker` gives a stack of these sizes.
+
+    Raises:
+        ConfigError: a ratio that is not between 0 and 1 or does not pay for ranks of 1.
+    """
 
     def ranks_of(share: float) -> _Ranks:
         ranks = [max(1, math.ceil(share * size)) for size in sizes]
@@ -203,11 +232,7 @@ def tucker(stack_LOI: Tensor, ratio: float) -> TensorFactors:
     def count(ranks: _Ranks) -> int:
         return math.prod(ranks) + sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
 
-    def decompose(tensorly: Any, stack: Tensor, ranks: _Ranks) -> tuple[list[Tensor], Tensor]:
-        core, factors = tensorly.decomposition.tucker(stack, list(ranks))
-        return [core, *factors], tensorly.tucker_to_tensor((core, factors))
-
-    return _decomposed(stack_LOI, _ranks_within(ratio, sizes, ranks_of, count), decompose)
+    return _ranks_within(ratio, sizes, ranks_of, count)
 
 
 def tensor_train(stack_LOI: Tensor, ratio: float) -> TensorFactors:
@@ -218,7 +243,21 @@ def tensor_train(stack_LOI: Tensor, ratio: float) -> TensorFactors:
     Raises:
         ConfigError: tensorly is missing, or a ratio that is not between 0 and 1 or does not pay for ranks of 1.
     """
-    layers, outputs, inputs = sizes = tuple(stack_LOI.shape)
+
+    def decompose(tensorly: Any, stack: Tensor, ranks: _Ranks) -> tuple[list[Tensor], Tensor]:
+        factors = list(tensorly.decomposition.tensor_train(stack, [1, *ranks, 1]))
+        return factors, tensorly.tt_to_tensor(factors)
+
+    return _decomposed(stack_LOI, tensor_train_ranks(tuple(stack_LOI.shape), ratio), decompose)
+
+
+def tensor_train_ranks(sizes: _Ranks, ratio: float) -> _Ranks:
+    """The ranks that :func:`tensor_train` gives a stack of these sizes.
+
+    Raises:
+        ConfigError: a ratio that is not between 0 and 1 or does not pay for ranks of 1.
+    """
+    layers, outputs, inputs = sizes
 
     def ranks_of(share: float) -> _Ranks:
         first = min(max(1, math.ceil(share * layers)), outputs * inputs)
@@ -228,11 +267,7 @@ def tensor_train(stack_LOI: Tensor, ratio: float) -> TensorFactors:
         first, second = ranks
         return layers * first + first * outputs * second + second * inputs
 
-    def decompose(tensorly: Any, stack: Tensor, ranks: _Ranks) -> tuple[list[Tensor], Tensor]:
-        factors = list(tensorly.decomposition.tensor_train(stack, [1, *ranks, 1]))
-        return factors, tensorly.tt_to_tensor(factors)
-
-    return _decomposed(stack_LOI, _ranks_within(ratio, sizes, ranks_of, count), decompose)
+    return _ranks_within(ratio, sizes, ranks_of, count)
 
 
 def _ranks_within(
@@ -242,8 +277,8 @@ def _ranks_within(
     _check_ratio(ratio)
     budget = ratio * math.prod(sizes) + _ROUNDING
     if (least := count(ranks_of(0))) > budget:
-        share = least / math.prod(sizes)
-        raise ConfigError(Problem(".ratio", ratio, f"from {share:.3g}, ranks of 1 for a stack of {sizes}"))
+        share = _at_least(least / math.prod(sizes))
+        raise ConfigError(Problem(".ratio", ratio, f"from {share}, ranks of 1 for a stack of {sizes}"))
     low, high = 0.0, 1.0
     for _ in range(50):  # until the shares differ by far less than a row of any side
         middle = (low + high) / 2
@@ -302,6 +337,12 @@ def _float64(tensor: Tensor) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return f"a {' x '.join(map(str, tensor.shape))} matrix"
+
+
+def _at_least(share: float) -> str:
+    """Three digits of a share that must not be rounded down: who asks for as much as was named must be content."""
+    digits = 2 - math.floor(math.log10(share))
+    return f"{math.ceil(share * 10**digits) / 10**digits:.3g}"
 
 
 def _check_ratio(ratio: float) -> None:

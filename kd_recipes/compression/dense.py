@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kd_recipes.compression.checkpoint import HFCheckpoint, block_of, write_checkpoint
@@ -16,8 +15,8 @@ from kd_recipes.compression.convert import as_tune, to_file
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Text
+from kd_recipes.storage import FILE_DTYPES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _FACTOR = re.compile(r"(.+)\.(u|s|v)")
 
@@ -34,22 +33,25 @@ class ToDense(Step):
 
     def check(self, form: Form) -> Form:
         """See :class:`Step`."""
-        return replace(form, rank_multiple=0, schemes=frozenset())
+        return replace(form, rank_multiple=0, table_rank=0, schemes=frozenset())
 
     def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
         """See :class:`Step`."""
+        dtype = FILE_DTYPES[self.dtype]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for block in sorted(
                 {block_of(spec.name) for spec in source.specs}, key=lambda index: -1 if index is None else index
             ):
                 state = as_tune(source, source.names(block))
-                yield from to_file({k: v.to(_DTYPES[self.dtype]) for k, v in _folded(state).items()}, source.config)
+                yield from to_file({k: v.to(dtype) for k, v in _folded(state).items()}, source.config)
 
         # transformers casts weights to what config.json says; 4 and 5 have other keys for it
-        dtypes = {key: str(_DTYPES[self.dtype]).removeprefix("torch.") for key in _DTYPE_KEYS if key in source.config}
+        dtypes = {key: str(dtype).removeprefix("torch.") for key in _DTYPE_KEYS if key in source.config}
         config = {**source.config, **dtypes}
-        return write_checkpoint(source, destination_dir, tensors(), record=self.describe(), config=config)
+        num_bytes = Form(config).num_parameters * dtype.itemsize
+        record = self.describe()
+        return write_checkpoint(source, destination_dir, tensors(), record=record, config=config, num_bytes=num_bytes)
 
 
 def _folded(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -217,9 +217,10 @@ def keep_blocks(
     if not keep or sorted(set(keep) & set(range(source.num_layers))) != list(keep):
         raise ConfigError(Problem("keep", list(keep), f"ascending indices of {source.num_layers} blocks"))
 
+    kept = [spec for spec in source.specs if block_of(spec.name) in (None, *keep)]
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        kept = [spec.name for spec in source.specs if block_of(spec.name) in (None, *keep)]
-        for name, tensor in source.tensors(kept):
+        for name, tensor in source.tensors(spec.name for spec in kept):
             yield _renumbered(name, "model.layers.", keep), tensor
 
     return write_checkpoint(
@@ -230,6 +231,7 @@ def keep_blocks(
         config=pruned_config(source.config, keep),
         ranks=_kept(source.ranks, keep),
         schemes=_kept(source.schemes, keep),
+        num_bytes=sum(spec.num_bytes for spec in kept),
         **settings,
     )
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.lattices import Scheme
 
 _FEW = 0.05  # share of zeros below which they are there by chance
+_PLAIN_BITS = 16  # of a weight that is not on a lattice, at least
 
 Zeros = Literal["none", "unstructured", "2:4"]
 
@@ -22,14 +24,29 @@ class Form:
     Args:
         config: config.json of the dense model.
         zeros: the pattern of connections that are not there.
-        rank_multiple: what divides the ranks of all products of factors; 0 where there are none.
+        rank_multiple: what divides the ranks of all products of factors in the blocks; 0 where there are none.
+        table_rank: likewise of the embedding, and of a head of its own.
         schemes: lattices that weights are on, by name.
+        alternatives: what it may be instead, where a step chooses only when it has seen the weights; a step is asked
+            about one after another, see :func:`~kd_recipes.compression.step.check_steps`.
     """
 
     config: Mapping[str, Any]
     zeros: Zeros = "none"
     rank_multiple: int = 0
+    table_rank: int = 0
     schemes: frozenset[str] = field(default_factory=frozenset)
+    alternatives: tuple[Form, ...] = ()
+
+    @property
+    def outcomes(self) -> tuple[Form, ...]:
+        """All that it may be, each by itself."""
+        return (replace(self, alternatives=()), *self.alternatives)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether some matrix is a product of factors."""
+        return bool(self.rank_multiple or self.table_rank)
 
     @property
     def num_layers(self) -> int:
@@ -85,6 +102,12 @@ class Form:
         tables = 1 if self.config.get("tie_word_embeddings", False) else 2
         return self.num_layers * block + (tables * int(self.config["vocab_size"]) + 1) * self.embed_dim
 
+    @property
+    def least_bytes(self) -> int:
+        """That its weights take on disk at the least; 0 for factors, of whose ranks only a divisor is known."""
+        bits = min((Scheme.parse(name).bits for name in self.schemes), default=_PLAIN_BITS)
+        return 0 if self.has_factors else self.num_parameters * bits // 8
+
     def require(self, what: str, *, dense: bool = True, zeros: bool = True, unquantized: bool = True) -> None:
         """Refuse a step that cannot follow on those before it.
 
@@ -98,7 +121,7 @@ class Form:
             ConfigError: the form is not one that it takes.
         """
         first = "Put this step first"
-        if dense and self.rank_multiple:
+        if dense and self.has_factors:
             remedy = f"{first}, or kd_recipes.compression.ToDense between them"
             raise ConfigError(Problem("._component_", f"{what} of factors", "whole matrices", remedy))
         if unquantized and self.schemes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +25,10 @@ from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
 from kd_recipes.compression.convert import as_tune, to_file
 from kd_recipes.compression.decomposition import Factors
 from kd_recipes.compression.form import Form
+from kd_recipes.compression.spill import spilled
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, gather
 from kd_recipes.layers import LowRankLinear
 
 
@@ -80,8 +82,11 @@ class LowRank(Step):
         if self.ratio is not None:
             for name, shape in form.shapes.items():
                 self._by_ratio(name, shape)
+        if self.budget is not None:
+            shapes = [*form.shapes.values()] * form.num_layers
+            decomposition.left_by_budget(shapes, self.budget, self.multiple_of, ".budget")
         multiple = self.multiple_of if self._asks_blocks else 0
-        return replace(form, rank_multiple=math.gcd(multiple, self.embedding_rank or 0))
+        return replace(form, rank_multiple=multiple, table_rank=self.embedding_rank or 0)
 
     @property
     def _asks_blocks(self) -> bool:
@@ -214,26 +219,36 @@ class TensorDecomposition(Step):
         """See :class:`Step`."""
         form.require("tensor decomposition")
         decomposition.require_tensorly()
+        sizes = dict.fromkeys(self._sizes(form, name) for name in self.projections)
+        gather(*(partial(self._ranks, of_stack) for of_stack in sizes))
         return form
+
+    def _sizes(self, form: Form, projection: str) -> tuple[int, int, int]:
+        """Of a stack of this projection."""
+        rows, columns = form.shapes[projection]
+        if self.stack == "layers":
+            return form.num_layers, rows, columns
+        return rows // form.head_dim, form.head_dim, columns
+
+    def _ranks(self, sizes: tuple[int, int, int]) -> tuple[int, ...]:
+        ranks = decomposition.tucker_ranks if self.kind == "tucker" else decomposition.tensor_train_ranks
+        return ranks(sizes, self.ratio)
 
     def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
         """See :class:`Step`; prints what the factors would hold."""
         form = Form(source.config)
         counts = {"before": 0, "after": 0}
-        changed: dict[str, Tensor] = {}
-        for projection in tqdm(self.projections, "decompose", unit="projection"):
-            names = [f"layers.{index}.{projection}.weight" for index in range(source.num_layers)]
-            weights = list(as_tune(source, [to_hf(name) for name in names]).values())
-            for name, new in zip(names, self._approximations(weights, form, counts), strict=True):
-                changed |= dict(to_file({name: new.to(weights[0].dtype)}, source.config))
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in source.tensors(spec.name for spec in source.specs):
-                yield name, changed.get(name, tensor)
-
-        tqdm.write(f"Parameters of these projections: {counts['before']:,}, as factors {counts['after']:,}")
-        record = {**self.describe(), "parameters": counts}
-        return write_checkpoint(source, destination_dir, tensors(), record=record)
+        with spilled(destination_dir) as changed:
+            for projection in tqdm(self.projections, "decompose", unit="projection"):
+                names = [f"layers.{index}.{projection}.weight" for index in range(source.num_layers)]
+                weights = list(as_tune(source, [to_hf(name) for name in names]).values())
+                for name, new in zip(names, self._approximations(weights, form, counts), strict=True):
+                    changed.update(to_file({name: new.to(weights[0].dtype)}, source.config))
+            tqdm.write(f"Parameters of these projections: {counts['before']:,}, as factors {counts['after']:,}")
+            whole = source.tensors(spec.name for spec in source.specs)
+            tensors = ((name, changed.get(name, tensor)) for name, tensor in whole)
+            record = {**self.describe(), "parameters": counts}
+            return write_checkpoint(source, destination_dir, tensors, record=record)
 
     def _approximations(self, weights: list[Tensor], form: Form, counts: dict[str, int]) -> list[Tensor]:
         decompose = decomposition.tucker if self.kind == "tucker" else decomposition.tensor_train

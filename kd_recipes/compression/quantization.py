@@ -24,7 +24,7 @@ from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import INPUT_OF, Block, Stream, Text
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.lattices import Scheme, fake_quantize, gptq, quantize
+from kd_recipes.lattices import HQQ_FORMS, Quantized, Scheme, fake_quantize, gptq, hqq, quantize
 from kd_recipes.layers import LowRankEmbedding, LowRankLinear
 from kd_recipes.models import round_activations
 
@@ -49,10 +49,11 @@ class _Schemes:
     overrides: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, name in {".scheme": self.scheme, ".embeddings": self.embeddings}.items():
-            _parse(key, name)
-        for pattern, name in self.overrides.items():
-            _parse(f".overrides.{pattern}", name)
+        named = {".scheme": self.scheme, ".embeddings": self.embeddings}
+        named |= {f".overrides.{pattern}": name for pattern, name in self.overrides.items()}
+        for key, name in named.items():
+            if name is not None:
+                Scheme.parse(name, key)
 
     def of(self, layer: str) -> Scheme | None:
         """The scheme of a layer's weight; None for none."""
@@ -75,19 +76,11 @@ class _Schemes:
                 continue
             schemes[scheme.name] = scheme
             key = ".embeddings" if layer in _TABLES else ".scheme"
-            scheme.check(math.gcd(in_dim, form.rank_multiple), key)
+            scheme.check(math.gcd(in_dim, form.table_rank if layer in _TABLES else form.rank_multiple), key)
             if form.zeros != "none" and not scheme.zero_is_exact and layer not in _TABLES:
                 wanted = f"a scheme that has a zero, for a model with {form.zeros} zeros"
                 raise ConfigError(Problem(key, scheme.name, wanted, "binary weights are -s and +s"))
         return frozenset(schemes)
-
-
-def _parse(key: str, name: str | None) -> None:
-    if name is not None:
-        try:
-            Scheme.parse(name)
-        except ConfigError as error:
-            raise ConfigError(*(replace(problem, key=key) for problem in error.problems)) from error
 
 
 @dataclass(frozen=True)
@@ -98,27 +91,32 @@ class Quantization(_Schemes, Step):
         scheme: of the blocks' linear layers, by the format they are shipped in: ``gguf_q4_0``, ``int3_g64``, …
         embeddings: of the embedding and the head; None leaves them as they are.
         overrides: as :class:`_Schemes` has them.
-        method: ``round`` to the nearest, with the scale of least squared error, or ``gptq``, which lets the inputs that
-            come later make up for the error on the calibration text (https://arxiv.org/abs/2210.17323).
+        method: ``round`` to the nearest, with the scale of least squared error; ``hqq``, with the scale of torchao's
+            half-quadratic solver, for integers alone (https://mobiusml.github.io/hqq_blog/); or ``gptq``, which lets
+            the inputs that come later make up for the error on the calibration text
+            (https://arxiv.org/abs/2210.17323).
 
     Raises:
         ConfigError: a scheme that there is not.
     """
 
-    method: Literal["round", "gptq"] = "gptq"
+    method: Literal["round", "hqq", "gptq"] = "gptq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in ("round", "gptq"):
-            raise ConfigError(Problem(".method", self.method, "round or gptq"))
+        if self.method not in ("round", "hqq", "gptq"):
+            raise ConfigError(Problem(".method", self.method, "round, hqq or gptq"))
 
     def check(self, form: Form) -> Form:
         """See :class:`Step`."""
         form.require("quantization", dense=False, zeros=False)
         schemes = self._check(form)
         if form.zeros != "none" and self.method == "gptq":
-            wanted = f"round for a model with {form.zeros} zeros, which gptq would fill in"
+            wanted = f"round or hqq for a model with {form.zeros} zeros, which gptq would fill in"
             raise ConfigError(Problem(".method", self.method, wanted))
+        if self.method == "hqq" and (others := sorted(s for s in schemes if Scheme.parse(s).kind != "int")):
+            got = f"hqq for {', '.join(others)}"
+            raise ConfigError(Problem(".method", got, HQQ_FORMS, "round and gptq take all schemes"))
         return replace(form, schemes=schemes)
 
     def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
@@ -131,7 +129,7 @@ class Quantization(_Schemes, Step):
                     scheme = self.of(key.rpartition(".")[0]) if tensor.ndim == 2 else None
                     if scheme is not None:
                         schemes[key] = scheme.name
-                    coded = {key: tensor} if scheme is None else packed(key, quantize(tensor, scheme))
+                    coded = {key: tensor} if scheme is None else packed(key, self._nearest(tensor, scheme))
                     yield from to_file(coded, source.config)
             for block in Stream(source, text, "quantize"):
                 self._quantize(block)
@@ -141,6 +139,9 @@ class Quantization(_Schemes, Step):
 
         record = self.describe()
         return write_checkpoint(source, destination_dir, tensors(), record=record, ranks=source.ranks, schemes=schemes)
+
+    def _nearest(self, weight_OI: Tensor, scheme: Scheme) -> Quantized:
+        return (hqq if self.method == "hqq" else quantize)(weight_OI, scheme)
 
     def _quantize(self, block: Block) -> None:
         schemes = {name: self.of(f"layers.{block.index}.{name}") for name in INPUT_OF}
@@ -152,7 +153,8 @@ class Quantization(_Schemes, Step):
             for key in [key for key, value in block.state.items() if key.startswith(f"{name}.") and value.ndim == 2]:
                 value_OI = block.state[key].to(block.text.device, torch.float32)
                 is_fitted = name in grams and scheme.kind != "float8"
-                block.set_codes(key, gptq(value_OI, grams[name], scheme) if is_fitted else quantize(value_OI, scheme))
+                codes = gptq(value_OI, grams[name], scheme) if is_fitted else self._nearest(value_OI, scheme)
+                block.set_codes(key, codes)
         round_activations(block.layer, block.schemes)
 
 

@@ -9,7 +9,7 @@ for what they have lost as far as a linear map can: the projection behind the cu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
 from kd_recipes.compression.convert import has_place
 from kd_recipes.compression.form import Form
+from kd_recipes.compression.spill import spilled
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Stream, Text
 from kd_recipes.errors import ConfigError, Problem
@@ -28,6 +29,7 @@ from kd_recipes.errors import ConfigError, Problem
 _RIDGE = 0.01
 _TENSOR = re.compile(r"(?:model\.layers\.(\d+)\.)?(?:model\.)?([\w.]+?)\.(weight|bias)")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+_FITTED = ("down_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,19 @@ class WidthPruning(Step):
 
     def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
         """See :class:`Step`."""
-        kept = choose_width(source, text, self)
-        lists = {"kept_neurons": kept.neurons_LK, "kept_kv_heads": kept.groups_LK}
-        record = {
-            **self.describe(),
-            **{name: [indices.tolist() for indices in kept_L] for name, kept_L in lists.items()},
-            "kept_channels": kept.channels_K.tolist(),
-        }
-        sizes = (len(kept.neurons_LK[0]), len(kept.groups_LK[0]), len(kept.channels_K))
-        config = narrowed_config(Form(source.config), *sizes)
-        return write_checkpoint(source, destination_dir, narrowed(source, kept), record=record, config=config)
+        form = Form(source.config)
+        config = narrowed_config(form, *self.sizes(form))
+        num_bytes = Form(config).num_parameters * min(spec.dtype.itemsize for spec in source.specs)
+        with spilled(destination_dir) as fitted:
+            kept = choose_width(source, text, self, fitted)
+            lists = {"kept_neurons": kept.neurons_LK, "kept_kv_heads": kept.groups_LK}
+            record = {
+                **self.describe(),
+                **{name: [indices.tolist() for indices in kept_L] for name, kept_L in lists.items()},
+                "kept_channels": kept.channels_K.tolist(),
+            }
+            settings: dict[str, Any] = {"record": record, "config": config, "num_bytes": num_bytes}
+            return write_checkpoint(source, destination_dir, narrowed(source, kept), **settings)
 
     def _size(self, name: str, full: int, multiple_of: int) -> int:
         value = getattr(self, name)
@@ -111,8 +116,7 @@ class Kept:
         neurons_LK: indices, ascending, for each block.
         groups_LK: of key-value heads.
         channels_K: of the residual stream, alike in all blocks.
-        down_LDK: the down projections behind the cut, all channels, ``[D, K]``; None where nothing was cut.
-        output_LDK: the attention's output projections, likewise.
+        fitted: the projections behind the cuts, all channels, ``[D, K]``, by the names of their files' tensors.
         norm_factors: of each norm's scale, in the order two of each block, and the last: fewer channels have another
             root mean square.
     """
@@ -120,13 +124,14 @@ class Kept:
     neurons_LK: list[Tensor]
     groups_LK: list[Tensor]
     channels_K: Tensor
-    down_LDK: list[Tensor | None]
-    output_LDK: list[Tensor | None]
+    fitted: Mapping[str, Tensor]
     norm_factors: list[float]
 
 
 @torch.no_grad()
-def choose_width(source: HFCheckpoint, text: Text, method: WidthPruning) -> Kept:
+def choose_width(
+    source: HFCheckpoint, text: Text, method: WidthPruning, fitted: MutableMapping[str, Tensor] | None = None
+) -> Kept:
     """What to keep: the neurons and heads that add most to the residual stream, and its largest channels.
 
     A neuron adds ``E[a^2] * |w|^2``, with its activation ``a`` and its column ``w`` of the down projection: what the
@@ -138,6 +143,7 @@ def choose_width(source: HFCheckpoint, text: Text, method: WidthPruning) -> Kept
         source: the model.
         text: what it is measured on.
         method: how much to keep.
+        fitted: what takes :attr:`Kept.fitted`, a block at a time; a dict in memory by default.
 
     Raises:
         ConfigError: no token counts, or what flows is not finite.
@@ -147,7 +153,8 @@ def choose_width(source: HFCheckpoint, text: Text, method: WidthPruning) -> Kept
     form = Form(source.config)
     num_neurons, num_groups, num_channels = method.sizes(form)
     width = form.num_heads // form.num_kv_heads * form.head_dim
-    kept = Kept([], [], torch.arange(form.embed_dim), [], [], [])
+    fitted = {} if fitted is None else fitted
+    kept = Kept([], [], torch.arange(form.embed_dim), fitted, [])
     norms = _Norms()
     stream = Stream(source, text, "width")
     for block in stream:
@@ -166,12 +173,13 @@ def choose_width(source: HFCheckpoint, text: Text, method: WidthPruning) -> Kept
         kept.neurons_LK.append(chosen_K.cpu())
         kept.groups_LK.append(groups_K.cpu())
         dtype = block.state["mlp.w2.weight"].dtype
-        for fitted, weight, gram, columns in (
-            (kept.down_LDK, down_DF, neurons_FF, chosen_K),
-            (kept.output_LDK, output_DZ, attention_ZZ, of_groups(groups_K, width)),
+        for name, weight, gram, columns in (
+            ("mlp.down_proj", down_DF, neurons_FF, chosen_K),
+            ("self_attn.o_proj", output_DZ, attention_ZZ, of_groups(groups_K, width)),
         ):
-            new = _refit(weight, gram, columns, method.refit)
-            fitted.append(None if new is None else new.to(dtype).cpu())
+            if len(columns) < weight.shape[1]:
+                new_DK = _refit(weight, gram, columns) if method.refit else weight[:, columns]
+                fitted[f"model.layers.{block.index}.{name}.weight"] = new_DK.to(dtype).cpu()
     norms.add_last(stream)
     return norms.choose(kept, num_channels)
 
@@ -220,12 +228,8 @@ def _largest(values: Tensor, number: int) -> Tensor:
     return values.argsort(descending=True, stable=True)[:number].sort().values
 
 
-def _refit(weight_DC: Tensor, moments_CC: Tensor, kept_K: Tensor, is_asked: bool) -> Tensor | None:
+def _refit(weight_DC: Tensor, moments_CC: Tensor, kept_K: Tensor) -> Tensor:
     """The weight ``[D, K]`` that gives from the kept inputs, by least squares, what the whole gave from all."""
-    if len(kept_K) == weight_DC.shape[1]:
-        return None
-    if not is_asked:
-        return weight_DC[:, kept_K]
     gram_KK = moments_CC[kept_K][:, kept_K]
     ridge = _RIDGE * gram_KK.diagonal().mean()
     # drawn towards the weights that were there, not towards zero: unlike a plain ridge it leaves what need not change
@@ -279,10 +283,6 @@ def _cut(tensor: Tensor, match: re.Match[str], kept: Kept, form: Form) -> Tensor
         "k_proj": of_groups(groups_K, form.head_dim),
         "v_proj": of_groups(groups_K, form.head_dim),
     }
-    fitted = {"down_proj": kept.down_LDK[block], "o_proj": kept.output_LDK[block]}
     if module in rows:
         return tensor[rows[module]][:, channels] if tensor.ndim == 2 else tensor[rows[module]]
-    if module in fitted:
-        new = fitted[module]
-        return (tensor if new is None else new)[channels]
-    return None
+    return kept.fitted.get(match[0], tensor)[channels] if module in _FITTED else None

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.losses import Objective
+from kd_recipes.evaluation.calibration import Reliability
+from kd_recipes.evaluation.tokens import token_values
 from kd_recipes.signals import DenseSignal
 
 
@@ -22,24 +23,30 @@ class HeldOut:
     Args:
         num_tokens: how many tokens the means are over.
         cross_entropy: of the model with the text, in nats a token.
-        kl: KL(teacher || model), in nats a token; nan without a teacher.
-        agreement: share of tokens at which teacher and model have the same likeliest id; nan without a teacher.
         accuracy: share of tokens at which the model's likeliest id is the text's.
-        reverse_kl: KL(model || teacher), in nats a token; nan without a teacher, as all that follows.
         student_entropy: of the model's predictions, in nats.
-        teacher_entropy: of the teacher's.
-        teacher_label_mass: the teacher's mean probability of the text's token.
+        calibration_error: expected calibration error of the model's confidence.
+        kl: KL(teacher || model), in nats a token; nan without a teacher, as all that follows.
+        reverse_kl: KL(model || teacher), in nats a token.
+        agreement: share of tokens at which teacher and model have the same likeliest id.
+        teacher_cross_entropy: of the teacher with the text.
+        teacher_accuracy: its own.
+        teacher_entropy: of its predictions.
+        teacher_calibration_error: of its confidence.
     """
 
     num_tokens: int
     cross_entropy: float
-    kl: float
-    agreement: float
     accuracy: float
+    student_entropy: float
+    calibration_error: float
+    kl: float = math.nan
     reverse_kl: float = math.nan
-    student_entropy: float = math.nan
+    agreement: float = math.nan
+    teacher_cross_entropy: float = math.nan
+    teacher_accuracy: float = math.nan
     teacher_entropy: float = math.nan
-    teacher_label_mass: float = math.nan
+    teacher_calibration_error: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -62,7 +69,6 @@ class HeldOut:
         return {"perplexity": self.perplexity, **means}
 
 
-@torch.no_grad()
 def evaluate_held_out(
     model: Callable[[Batch], DenseSignal],
     signal: Callable[[Batch], DenseSignal] | None,
@@ -82,19 +88,36 @@ def evaluate_held_out(
     Raises:
         ConfigError: no token has a label.
     """
-    objective = Objective(kd_ratio=0.0, num_ids=num_ids)  # what is known of each token does not depend on the mixture
-    names: list[str] = []
-    sums = torch.zeros(())
-    for batch in batches:
-        loss = objective(model(batch), signal(batch) if signal else None, batch)
-        names = list(loss.sums)
-        num_tokens = torch.tensor(float(loss.num_tokens), dtype=torch.float64)
-        sums = sums + torch.stack([*(value.cpu() for value in loss.sums.values()), num_tokens])
-    sums = reduce(sums)
-    if not names or sums[-1] == 0:
+    names = _ALONE if signal is None else (*_ALONE, *_BESIDE)
+    sums = dict.fromkeys(names, 0.0)
+    num_tokens = 0
+    reliabilities = {"": Reliability(), "reference_": Reliability()}
+    with torch.no_grad():
+        for batch in batches:
+            tokens = token_values(model(batch), signal(batch) if signal else None, batch, num_ids=num_ids)
+            if not tokens.values:  # every label of the batch is masked
+                continue
+            num_tokens += len(tokens.labels_N)
+            for name in names:
+                sums[name] += float(tokens.values[name].double().sum())
+            for prefix, reliability in reliabilities.items():
+                if f"{prefix}confidence" in tokens.values:
+                    reliability.add(tokens.values[f"{prefix}confidence"], tokens.values[f"{prefix}accuracy"])
+    counted = [r.sums_3B.flatten() for r in reliabilities.values()]
+    flat = reduce(torch.cat([torch.tensor([num_tokens, *sums.values()], dtype=torch.float64), *counted]))
+    total, means = flat[0], (flat[1 : 1 + len(names)] / flat[0]).tolist()
+    if total == 0:
         remedy = "Raise max_eval_batches or look at the masking of the held-out data"
         raise ConfigError(Problem("eval_dataset", "0 tokens with a label", "at least one in its batches", remedy))
-    means = dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
-    means["kl"] = means.pop("forward_kl", math.nan)
-    means.pop("divergence", None)
-    return HeldOut(num_tokens=int(sums[-1]), agreement=means.pop("agreement", math.nan), **means)
+    mine, teachers = (Reliability(part) for part in flat[1 + len(names) :].view(2, *counted[0].view(3, -1).shape))
+    return HeldOut(
+        num_tokens=int(total),
+        calibration_error=mine.expected_calibration_error,
+        teacher_calibration_error=teachers.expected_calibration_error,
+        **{_FIELDS.get(name, name): mean for name, mean in zip(names, means, strict=True)},
+    )
+
+
+_ALONE = ("cross_entropy", "accuracy", "entropy")
+_BESIDE = ("kl", "reverse_kl", "agreement", *(f"reference_{name}" for name in _ALONE))
+_FIELDS = {"entropy": "student_entropy", **{f"reference_{name}": f"teacher_{name}" for name in _ALONE}}

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from kd_recipes.compression.checkpoint import RECORD
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.importing import gguf_config, gguf_tokenizer
 from kd_recipes.storage import (
@@ -29,6 +30,7 @@ from kd_recipes.storage import (
 
 # Everything beside the weights: the tokenizer of a vocabulary of 150,000 is about 16 MB in its three forms.
 _TOKENIZER_BYTES = 64_000_000
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def import_gguf(gguf_file: Path, output_dir: Path, *, dtype: torch.dtype = torch
 
     Raises:
         ConfigError: something is wrong with the arguments or the file; nothing has been written.
+
+    Weights that were quantized are said to be so in ``compression.json``: their zeros are not those of a pruned model.
     """
     require_vacant(output_dir)
     model = open_gguf(gguf_file)
@@ -68,6 +72,9 @@ def import_gguf(gguf_file: Path, output_dir: Path, *, dtype: torch.dtype = torch
     with atomic_directory(output_dir) as directory:
         write_safetensors(directory / "model.safetensors", specs, _tensors(model, config, specs))
         write_json(directory / "config.json", config)
+        if quantizations := _quantizations(model.tensors):
+            record = {"step": "import_gguf", "quantizations": quantizations}
+            write_json(directory / RECORD, {"steps": [record]})
         write_json(directory / "generation_config.json", _generation_config(model.metadata))
         gguf_tokenizer.write_tokenizer(directory, tokenizer)
     return config
@@ -116,6 +123,12 @@ def _config(model: GGUFModel, dtype: torch.dtype) -> dict[str, Any]:
     if divisors is not None and (scaling := gguf_config.llama3_rope_scaling(_dequantize(divisors), config)):
         config["rope_scaling"] = scaling
     return config
+
+
+def _quantizations(tensors: Mapping[str, Any]) -> list[str]:
+    """GGUF's names of the lattices that the blocks' weights are on."""
+    kinds = {tensor.tensor_type.name for name, tensor in tensors.items() if name.startswith("blk.")}
+    return sorted(kinds - _FLOATS)
 
 
 def _check_quantizations(tensors: Mapping[str, Any]) -> None:

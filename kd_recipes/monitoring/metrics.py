@@ -2,48 +2,84 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
+from kd_recipes.batch import Batch
 from kd_recipes.losses import QUALITIES, LossSum
+from kd_recipes.monitoring.flops import Sizes, step_flops, utilization
+from kd_recipes.monitoring.timing import StepTimer, memory_stats
+
+Micros = list[Batch]
 
 
 class StepMeter:
-    """Adds up the micro-batches of a step."""
+    """What each step was worth, and what it cost.
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    Args:
+        device: that the student is on.
+        student: the student.
+        teacher: None where no step asks it.
+    """
+
+    def __init__(
+        self, device: torch.device, student: TransformerDecoder, teacher: TransformerDecoder | None = None
+    ) -> None:
+        self._device = device
+        self._timer = StepTimer(device)
+        self._sizes = Sizes.of(student), Sizes.of(teacher) if teacher else None
+        self._clear()
+
+    def _clear(self) -> None:
         self._names: list[str] = []
         self._sums = torch.zeros((), dtype=torch.float64)
+        self._shapes: list[tuple[int, int]] = []
+        self._num_labels = 0
 
-    def add(self, loss: LossSum) -> None:
+    def steps(self, micros: Iterable[Micros]) -> Iterator[Micros]:
+        """The micro-batches of a step after another; waiting for them is its phase ``data``."""
+        return self._timer.steps(micros)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count what happens inside as this phase of the step."""
+        return self._timer.phase(name)
+
+    def add(self, loss: LossSum, batch: Batch) -> None:
         """One micro-batch."""
         self._names = list(loss.sums)
         self._sums = self._sums + torch.stack([loss.total.detach().double(), *loss.sums.values()]).cpu()
+        self._shapes.append((batch.tokens_BS.shape[0], batch.tokens_BS.shape[1]))
+        self._num_labels += loss.num_tokens
 
-    def finish(self, num_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over the step's valid tokens, and its speed.
+    def means(self, num_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over the step's valid tokens.
 
         Args:
             num_tokens: valid tokens of the step, over all processes.
             reduce: adds up a tensor over all processes.
         """
         total, *sums = reduce(self._sums).tolist()
-        seconds = time.perf_counter() - self._start
-        return {
-            "loss/total": total,
-            **{_tag(name): value / max(num_tokens, 1) for name, value in zip(self._names, sums, strict=True)},
-            "throughput/tokens_per_second": num_tokens / seconds,
-            "time/step": seconds,
-        }
+        named = zip(self._names, sums, strict=True)
+        return {"loss/total": total, **{_tag(name): value / max(num_tokens, 1) for name, value in named}}
+
+    def finish(self, num_tokens: int) -> dict[str, float]:
+        """End the step: its time, speed and memory in this process, and its share of the device's peak where known."""
+        costs = self._timer.finish(num_tokens) | memory_stats(self._device)
+        flops = step_flops(*self._sizes, self._shapes, self._num_labels)
+        share = utilization(flops, costs["time/step"], self._device)
+        self._clear()
+        return costs if share is None else costs | {"throughput/model_flops_utilization": share}
 
 
 def _tag(name: str) -> str:
-    return f"{'quality' if name in QUALITIES else 'loss'}/{name}"
+    """``loss/`` is what is trained on, ``kd/`` how student and teacher compare, ``quality/`` what the labels say."""
+    group = "quality" if name == "accuracy" else "kd" if name in QUALITIES else "loss"
+    return f"{group}/{name}"
 
 
 def log(logger: Any, prefix: str, metrics: Mapping[str, float], step: int) -> None:

@@ -100,6 +100,10 @@ class Constraints:
                 stack.enter_context(constraint.update(parameters, step, num_steps))
             yield
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Names and settings, as ``compression.json`` has them."""
+        return [constraint.describe() for constraint in self._constraints]
+
     def metrics(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
         """For the curves, under ``compression/``."""
         found: dict[str, float] = {}

@@ -148,6 +148,14 @@ KEYS = (
     Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=is_positive),
     Key("best_metric", "choice", default="objective", wanted="objective, perplexity or kl", check=_is_best_metric),
     Key("profiler", "component"),
+    Key(
+        "health",
+        "component",
+        default={"_component_": "kd_recipes.monitoring.Health"},
+        wanted="limits of what counts as distilled too far, and what is done then; null watches over nothing",
+    ),
+    Key("log_graph", "bool", default=False, wanted="whether TensorBoard gets the model's graph, which takes seconds"),
+    Key("log_histograms_every_n_steps", "int", wanted="a whole number above 0; none by default", check=is_positive),
     # several processes
     Key("shard_size", "int", wanted="processes that share a model; all by default, 1 copies it", check=is_positive),
     Key(

@@ -112,6 +112,14 @@ class Updates:
         self._weights.publish()
         load_optimizer(self.optimizer, self.scheduler, {**state, "optimizer": optimizer})
 
+    def restore(self, directory: Path, state: Mapping[str, Any], parallel: Parallel) -> None:
+        """:meth:`load_state_dict`, but for the schedule of the learning rate, which goes on."""
+        schedule = self.scheduler.state_dict() if self.scheduler is not None else None
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.load_state_dict(directory, {**state, "scheduler": schedule}, parallel)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
 
 def require_finite(loss: float, grad_norm: float, step: int, batch: Callable[[], str]) -> None:
     """Stop before an update that would ruin the weights.

@@ -68,11 +68,18 @@ KEEP_ZEROS = {"_component_": "KeepZeros"}
 ROWS = {
     "depth_2_3": Row([{"_component_": "DepthPruning", "num_blocks": 20}]),
     "width_2_3": Row([{"_component_": "WidthPruning", "intermediate_dim": 864}]),
+    "both_2_3": Row(
+        [
+            {"_component_": "DepthPruning", "num_blocks": 25},
+            {"_component_": "WidthPruning", "intermediate_dim": 1120},
+        ]
+    ),
     "budget_2_3": Row([{"_component_": "Budget", "num_parameters": 99.2e6, "num_candidates": 5}]),
     "wanda_50": Row([{"_component_": "Sparsification", "sparsity": 0.5}], KEEP_ZEROS),
     "magnitude_50": Row([{"_component_": "Sparsification", "importance": "magnitude"}], KEEP_ZEROS),
     "wanda_2_4": Row([{"_component_": "Sparsification", "pattern": "2:4"}], KEEP_ZEROS),
     "int2": quantized("int2_g64", 2e-3),
+    "int2_longer": quantized("int2_g64", 2e-3, others=(f"max_steps={3 * STEPS}",)),
     "int4": quantized("gguf_q4_0", 3e-4),
     "int8": quantized("gguf_q8_0", 3e-5),
     "int3": quantized("int3_g64", 1e-3),

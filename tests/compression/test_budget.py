@@ -16,17 +16,20 @@ from kd_recipes.compression import (
     LowRank,
     Quantization,
     Sparsification,
+    Step,
     WidthPruning,
     cross_entropy,
     form_of,
     read_checkpoint,
 )
 from kd_recipes.compression.budget import Candidate, report
+from kd_recipes.compression.step import check_steps
 from kd_recipes.errors import ConfigError
 from toy import VOCABULARY, calibration, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = calibration([(torch.randint(VOCABULARY, (4, 32), generator=GENERATOR), None)])
+BUDGET = Budget(99.2e6, num_candidates=5)
 KINDS = ["llama, tied", "llama, untied", "qwen2, tied", "qwen2, untied"]
 FORMS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
@@ -104,8 +107,11 @@ def test_candidates_meet_the_budget(name: str, narrow_stream: bool, share: float
         assert narrow_stream or (shape.num_kv_heads, shape.embed_dim) == (form.num_kv_heads, form.embed_dim)
     exact = Budget(share * form.num_parameters, num_candidates, narrow_stream).candidates(form)
     assert exact == found
-    left = method.check(form)
-    assert left.num_layers == min(shape.num_blocks for shape in found)
+    left = method.check(form).outcomes
+    assert [(of.num_layers, of.intermediate_dim, of.num_kv_heads, of.embed_dim, of.num_parameters) for of in left] == [
+        (shape.num_blocks, shape.intermediate_dim, shape.num_kv_heads, shape.embed_dim, shape.num_parameters)
+        for shape in found
+    ]
 
 
 def test_all_blocks_that_are_protected_stay() -> None:
@@ -151,6 +157,73 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no token that counts"):
         Budget(0.7, multiple_of=4).apply(read_checkpoint(tmp_path / "source"), tmp_path / "made" / "small", empty)
     assert not list((tmp_path / "made").iterdir())
+
+
+@pytest.mark.parametrize("losses", [(3.0, 2.0, 4.0), (1.0, 2.0, 3.0), (3.0, 2.0, 1.0)], ids=str)
+def test_a_candidate_that_has_lost_is_gone_at_once(
+    losses: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "source", num_hidden_layers=4)
+    source = read_checkpoint(tmp_path / "source")
+    method = Budget(0.7, num_candidates=3, multiple_of=4, narrow_stream=True)
+    coming, on_disk = list(losses), []
+
+    def scripted(*_: object) -> float:
+        on_disk.append(len([*(tmp_path / "made").rglob("model.safetensors")]))
+        return coming.pop(0)
+
+    monkeypatch.setattr("kd_recipes.compression.budget.cross_entropy", scripted)
+    written = method.apply(source, tmp_path / "made" / "small", TEXT)
+    assert on_disk == [1, 2, 2]
+    best = method.candidates(Form(source.config))[losses.index(min(losses))]
+    assert (written.num_layers, Form(written.config).intermediate_dim) == (best.num_blocks, best.intermediate_dim)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["small"]
+
+
+# ------------------------------------------------------------------------------------------------- what may follow it
+SHAPES = [(30, 832), (28, 928), (25, 1120), (22, 1344), (20, 1536)]  # blocks and neurons of 99.2 M parameters
+
+
+def follow(*steps: Step) -> list[Form]:
+    """What may be left of SmolLM2 by a budget and then some steps."""
+    return check_steps(
+        {f"compress[{index}]": step for index, step in enumerate((BUDGET, *steps))}, Form(FORMS["SmolLM2-135M"])
+    )
+
+
+def shapes_of(forms: list[Form]) -> list[tuple[int, int]]:
+    return [(form.num_layers, form.intermediate_dim) for form in forms]
+
+
+def test_a_step_that_every_candidate_takes() -> None:
+    assert shapes_of(follow()) == SHAPES
+    assert shapes_of(follow(WidthPruning(intermediate_dim=800))) == [(blocks, 800) for blocks, _ in SHAPES]
+    assert shapes_of(follow(DepthPruning(num_blocks=20))) == [(20, neurons) for _, neurons in SHAPES]
+    assert len(follow(DepthPruning(num_blocks=20), WidthPruning(intermediate_dim=800))) == 1
+    assert {form.rank_multiple for form in follow(LowRank(ratio=0.2, multiple_of=16))} == {16}
+    assert all(form.schemes == {"gguf_q4_0"} for form in follow(Quantization("gguf_q4_0")))
+
+
+def test_a_step_that_some_candidate_does_not_take() -> None:
+    with pytest.raises(ConfigError) as caught:
+        follow(WidthPruning(intermediate_dim=960))
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"compress[1].intermediate_dim: got 960, wanted from 1 to {neurons}, the model's, in multiples of 32"
+        f" (multiple_of), with {blocks} blocks and {neurons} neurons"
+        for blocks, neurons in SHAPES[:2]
+    ]
+    with pytest.raises(ConfigError, match="to 22, the model's, with 22 blocks and 1344 neurons") as caught:
+        follow(DepthPruning(num_blocks=24))
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match=r"\.scheme: .* divides 928 inputs.*, with 28 blocks and 928 neurons"):
+        follow(Quantization("int4_g64"))
+
+
+def test_a_step_that_no_candidate_takes_is_refused_once() -> None:
+    with pytest.raises(ConfigError, match=r"compress\[2\]\._component_: got 'pruning of widths of weights") as caught:
+        follow(Quantization("gguf_q4_0"), WidthPruning(intermediate_dim=800))
+    assert len(caught.value.problems) == 1
+    assert " blocks" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,6 @@ def test_quantized_factors(source: Path, tmp_path: Path) -> None:
 def test_what_may_follow(llama: Path, tmp_path: Path) -> None:
     form = form_of(read_checkpoint(llama))
     assert LowRank(ratio=0.8, multiple_of=16).check(form).rank_multiple == 16
-    assert LowRank(ratio=0.8, multiple_of=16, embedding_rank=24).check(form).rank_multiple == 8
     factored = LowRank(ratio=0.5).check(form)
     assert Quantization("int4_g8").check(factored).schemes == {"int4_g8"}
     with pytest.raises(ConfigError, match="'int4_g16', wanted a group size that divides 8 inputs"):
@@ -219,6 +218,57 @@ def test_what_may_follow(llama: Path, tmp_path: Path) -> None:
         LowRank(ratio=0.5).check(Sparsification().check(form))
     apply(LowRank(ratio=0.5), llama, tmp_path / "low")
     assert form_of(read_checkpoint(tmp_path / "low")).rank_multiple == 8
+
+
+def test_tables_have_ranks_of_their_own(llama: Path, tmp_path: Path) -> None:
+    form = form_of(read_checkpoint(llama))
+    method = LowRank(ratio=0.8, multiple_of=16, embedding_rank=20)
+    factored = method.check(form)
+    assert (factored.rank_multiple, factored.table_rank) == (16, 20)
+    written = apply(method, llama, tmp_path / "low")
+    assert form_of(written) == factored
+    assert Quantization("int4_g16").check(factored).schemes == {"int4_g16"}
+    assert Quantization("int4_g16", embeddings="int8_g4").check(factored).schemes == {"int4_g16", "int8_g4"}
+    with pytest.raises(ConfigError, match=r"\.embeddings: got 'int4_g16', wanted a group size that divides 4 inputs"):
+        Quantization("int4_g16", embeddings="int4_g16").check(factored)
+    tables = LowRank(embedding_rank=16).check(form)
+    assert Quantization("int4_g32").check(tables).schemes == {"int4_g32"}
+    with pytest.raises(ConfigError, match="of factors', wanted whole matrices"):
+        Sparsification().check(tables)
+    assert ToDense().check(tables) == form
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8, 16])
+def test_a_budget_that_does_not_pay_for_the_least_ranks(llama: Path, tmp_path: Path, multiple_of: int) -> None:
+    form = form_of(read_checkpoint(llama))
+    with pytest.raises(ConfigError, match=rf"\.budget: got 0.01, .*, rank {multiple_of} of each matrix") as caught:
+        LowRank(budget=0.01, multiple_of=multiple_of).check(form)
+    least = float(caught.value.problems[0].wanted.split()[1].rstrip(","))
+    with pytest.raises(ConfigError, match=r"\.budget"):
+        LowRank(budget=least - 0.002, multiple_of=multiple_of).check(form)
+    apply(LowRank(budget=least, multiple_of=multiple_of, whiten=False), llama, tmp_path / "low")
+    assert kept_share(tmp_path / "low") == pytest.approx(least, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stacks"),
+    [
+        ({"kind": "tucker"}, ["(2, 64, 64)", "(2, 32, 64)"]),
+        ({"kind": "tensor_train"}, ["(2, 64, 64)", "(2, 32, 64)"]),
+        ({"kind": "tucker", "stack": "heads"}, ["(4, 16, 64)", "(2, 16, 64)"]),
+        ({"kind": "tensor_train", "projections": ["mlp.w2"]}, ["(2, 64, 96)"]),
+    ],
+)
+def test_a_tensor_decomposition_of_nothing(llama: Path, settings: dict[str, Any], stacks: list[str]) -> None:
+    form = form_of(read_checkpoint(llama))
+    with pytest.raises(ConfigError) as caught:
+        TensorDecomposition(**settings, ratio=1e-4).check(form)
+    problems = caught.value.problems
+    assert [problem.key for problem in problems] == [".ratio"] * len(stacks)
+    found = [problem.wanted.partition(", ranks of 1 for a stack of ") for problem in problems]
+    assert [stack for _, _, stack in found] == stacks
+    least = max(float(share.removeprefix("from ")) for share, _, _ in found)
+    TensorDecomposition(**settings, ratio=least).check(form)
 
 
 def test_a_shallower_factored_model(llama: Path, tmp_path: Path) -> None:

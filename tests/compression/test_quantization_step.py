@@ -33,7 +33,7 @@ from kd_recipes.compression.convert import as_tune
 from kd_recipes.compression.form import zero_pattern
 from kd_recipes.compression.stream import INPUT_OF, Stream
 from kd_recipes.errors import ConfigError
-from kd_recipes.lattices import Scheme, gptq, quantize
+from kd_recipes.lattices import Scheme, gptq, hqq, quantize
 from toy import VOCABULARY, calibration, hf_config, load_sections, save_model
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -145,6 +145,33 @@ def test_gptq_writes_the_lattice_too(source: Path, tmp_path: Path, scheme: str) 
     assert torch.equal(state["layers.1.attn.v_proj.weight"], expected.dequantize())
 
 
+@pytest.mark.parametrize("scheme", ["gguf_q8_0", "gguf_q4_0", "int3_g16", "int5", "8da4w_g32", "8da8w"])
+def test_hqq_writes_the_lattice_too(source: Path, tmp_path: Path, scheme: str) -> None:
+    """Every matrix: of no calibration text, so that those outside the blocks are no exception."""
+    apply(Quantization(scheme, embeddings="int6_g32", method="hqq"), source, tmp_path / "codes")
+    original, state = weights(source), load_sections(tmp_path / "codes").state_dict()
+    for key, value in original.items():
+        parsed = Scheme.parse(scheme if key.startswith("layers.") else "int6_g32")
+        expected = hqq(value, parsed).dequantize() if value.ndim == 2 else value
+        assert torch.equal(state[key], expected), key
+        assert value.ndim < 2 or not torch.equal(expected, quantize(value, parsed).dequantize()), key
+    (step,) = json.loads((tmp_path / "codes" / "compression.json").read_text())["steps"]
+    assert step["method"] == "hqq"
+
+
+def test_hqq_of_factors_and_of_zeros(source: Path, tmp_path: Path) -> None:
+    low_rank = apply(LowRank(ratio=0.6, multiple_of=8), source, tmp_path / "low_rank")
+    written = apply(Quantization("int4_g8", method="hqq"), low_rank.directory, tmp_path / "codes")
+    before, after = weights(low_rank.directory), weights(written.directory)
+    assert any(key.endswith(".u") for key in written.schemes)
+    for key in written.schemes:
+        assert torch.equal(after[key], hqq(before[key], Scheme.parse("int4_g8")).dequantize()), key
+    sparse = apply(Sparsification(0.5, "2:4"), source, tmp_path / "sparse")
+    written = apply(Quantization("gguf_q4_0", method="hqq"), sparse.directory, tmp_path / "sparse_codes")
+    before, after = weights(sparse.directory), weights(written.directory)
+    assert all(bool((after[key][before[key] == 0] == 0).all()) for key in written.schemes)
+
+
 def test_gptq_loses_less_than_rounding(llama: Path, tmp_path: Path) -> None:
     """On correlated inputs: the same few words in all windows."""
     losses = {}
@@ -249,14 +276,25 @@ QUANTIZED = Quantization("gguf_q4_0").check(FORM)
         ({"scheme": "int9"}, FORM, r"\.scheme: got 'int9', wanted gguf_q8_0"),
         ({"scheme": "int4", "embeddings": "fp8"}, FORM, r"\.embeddings: got 'fp8'"),
         ({"scheme": "int4", "overrides": {"*.w2": "q4"}}, FORM, r"\.overrides\.\*\.w2: got 'q4'"),
-        ({"scheme": "int4", "method": "awq"}, FORM, r"\.method: got 'awq', wanted round or gptq"),
+        ({"scheme": "int4", "method": "awq"}, FORM, r"\.method: got 'awq', wanted round, hqq or gptq$"),
+        (
+            {"scheme": "ternary_g32", "method": "hqq"},
+            FORM,
+            r"\.method: got 'hqq for ternary_g32', wanted a scheme of integers for hqq: gguf_q8_0, .* all schemes$",
+        ),
+        ({"scheme": "int4", "embeddings": "float8", "method": "hqq"}, FORM, r"\.method: got 'hqq for float8'"),
+        (
+            {"scheme": "int4", "overrides": {"*.w2": "binary"}, "method": "hqq"},
+            FORM,
+            r"\.method: got 'hqq for binary'",
+        ),
         ({"scheme": "int4_g64"}, FORM, r"\.scheme: got 'int4_g64', .* divides 96 inputs. These do: 16, 32$"),
         ({"scheme": "int4", "embeddings": "int4_g128"}, FORM, r"\.embeddings: .* divides 64 inputs"),
         ({"scheme": "int4", "overrides": {"*.w4": "int3"}}, FORM, r"\.overrides: got \['\*\.w4'\], wanted patterns"),
         ({"scheme": "int4", "overrides": {"layers.2.*": None}}, FORM, r"\.overrides: got \['layers\.2\.\*'\]"),
         ({"scheme": "int4", "overrides": {"output": "int8"}}, FORM, r"\.overrides: got \['output'\]"),
         ({"scheme": "binary_g32", "method": "round"}, SPARSE, "a scheme that has a zero, for a model"),
-        ({"scheme": "gguf_q4_0"}, SPARSE, r"\.method: got 'gptq', wanted round"),
+        ({"scheme": "gguf_q4_0"}, SPARSE, r"\.method: got 'gptq', wanted round or hqq for a model"),
         ({"scheme": "int8", "method": "round"}, QUANTIZED, "of weights in gguf_q4_0, .* quantize last"),
     ],
 )
@@ -267,6 +305,7 @@ def test_what_does_not_fit(settings: dict[str, Any], form: Form, message: str) -
 
 def test_what_fits() -> None:
     assert Quantization("binary_g32", "gguf_q8_0").check(FORM).schemes == {"binary_g32", "gguf_q8_0"}
+    assert Quantization("8da8w", "int4", {"*.w2": "gguf_q8_0"}, "hqq").check(SPARSE).zeros == "unstructured"
     assert Quantization("ternary_g32", method="round").check(SPARSE).zeros == "unstructured"
     assert Quantization("int4_g64", overrides={"*.w2": "int4_g32"}).check(FORM).schemes == {"int4_g64", "int4_g32"}
     assert ToDense().check(QUANTIZED) == FORM

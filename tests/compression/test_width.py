@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchtune import config as tune_config
 
-from kd_recipes.compression import Form, Stream, WidthPruning, choose_width, read_checkpoint
+from kd_recipes.compression import Form, Stream, WidthPruning, choose_width, read_checkpoint, width
 from kd_recipes.errors import ConfigError
 from kd_recipes.models import lora_decoder, model_section
 from kd_recipes.parts import load_model
@@ -103,15 +105,36 @@ def test_importance_and_fit_against_their_definitions(tmp_path: Path) -> None:
     added_F = torch.stack([(x_TF[:, f : f + 1] * weight_DF[:, f]).square().sum() for f in range(96)])
     kept = choose_width(checkpoint, TEXT, WidthPruning(intermediate_dim=64))
     assert kept.neurons_LK[1].tolist() == sorted(added_F.argsort(descending=True)[:64].tolist())
-    fitted_DK, cut_K = kept.down_LDK[1], kept.neurons_LK[1]
-    assert fitted_DK is not None
+    assert kept.fitted.keys() == {f"model.layers.{index}.mlp.down_proj.weight" for index in range(2)}
+    fitted_DK, cut_K = kept.fitted["model.layers.1.mlp.down_proj.weight"], kept.neurons_LK[1]
     error = F.mse_loss(x_TF[:, cut_K] @ fitted_DK.T, x_TF @ weight_DF.T)
     best_DK = torch.linalg.lstsq(x_TF[:, cut_K], x_TF @ weight_DF.T).solution.T
     assert 0.95 * error < F.mse_loss(x_TF[:, cut_K] @ best_DK.T, x_TF @ weight_DF.T) <= error
     assert error < 0.9 * F.mse_loss(x_TF[:, cut_K] @ weight_DF[:, cut_K].T, x_TF @ weight_DF.T)
-    plain = choose_width(checkpoint, TEXT, WidthPruning(intermediate_dim=64, refit=False)).down_LDK[1]
-    assert plain is not None
-    assert torch.equal(plain, weight_DF[:, cut_K])
+    plain = choose_width(checkpoint, TEXT, WidthPruning(intermediate_dim=64, refit=False)).fitted
+    assert torch.equal(plain["model.layers.1.mlp.down_proj.weight"], weight_DF[:, cut_K])
+
+
+def test_what_was_fitted_is_not_held_until_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks, two projections of each: when one is fitted, those of the blocks before are not in memory."""
+    save_model(tmp_path / "source", num_hidden_layers=3)
+    fitted: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    refit = width._refit
+
+    def watched(*args: Any) -> Tensor:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in fitted))
+        new_DK = refit(*args)
+        fitted.append(weakref.ref(new_DK))
+        return new_DK
+
+    monkeypatch.setattr(width, "_refit", watched)
+    method = WidthPruning(intermediate_dim=48, num_kv_heads=1, multiple_of=8)
+    method.apply(read_checkpoint(tmp_path / "source"), tmp_path / "made" / "pruned", TEXT)
+    assert len(alive) == 6
+    assert max(alive) <= 1  # the one before, which the loop's variable names
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["pruned"]
 
 
 def test_adapters_fit_on_a_pruned_model(tmp_path: Path) -> None:

@@ -21,9 +21,12 @@ from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
 from kd_recipes import config, import_gguf, models, storage
+from kd_recipes.compression import Sparsification, form_of, read_checkpoint
+from kd_recipes.compression.form import zero_pattern
 from kd_recipes.errors import ConfigError
 from kd_recipes.importing import gguf as importing
 from kd_recipes.importing.gguf_config import llama3_rope_scaling, tensor_shapes
+from toy import calibration
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES: dict[str, Any] = {
@@ -170,6 +173,24 @@ def test_weights_and_logits(tmp_path: Path, arch: str, is_tied: bool, kind: gguf
         torch.testing.assert_close(
             load_in_torchtune(directory, tmp_path / "out")(tokens), expected, atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.F16])
+def test_zeros_of_a_lattice_are_none_of_a_pruned_model(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    weights = write_gguf(tmp_path / "model.gguf", kind=kind)
+    importing.import_gguf(tmp_path / "model.gguf", tmp_path / "model")
+    is_quantized = kind is gguf.GGMLQuantizationType.Q4_0
+    assert (zero_pattern(weights["model.layers.0.mlp.up_proj.weight"]) == "unstructured") == is_quantized
+    record = tmp_path / "model" / "compression.json"
+    assert record.is_file() == is_quantized
+    if is_quantized:
+        expected = {"steps": [{"step": "import_gguf", "quantizations": ["Q4_0"]}]}
+        assert json.loads(record.read_text()) == expected
+    source = read_checkpoint(tmp_path / "model")
+    assert form_of(source).zeros == "none"
+    # those that a step puts there count all the same
+    sparse = Sparsification(importance="magnitude").apply(source, tmp_path / "sparse", calibration([]))
+    assert form_of(sparse).zeros == "unstructured"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kd_recipes import compress, entry
+from kd_recipes.compression import read_checkpoint
 from kd_recipes.config import load_and_validate
 from toy import load_sections
 
@@ -151,6 +154,7 @@ def test_steps_in_sensible_orders(names: tuple[str, ...], config: Path) -> None:
         (("low_rank", "width"), "kd_recipes.compression.ToDense between them"),
         (("low_rank", "sparse"), "got 'sparsification of factors', wanted whole matrices"),
         (("depth", "depth", "width", "binary", "tucker"), "compress[4]._component_"),
+        (("budget", "width"), "multiples of 32 (multiple_of), with 4 blocks and 27 neurons"),
     ],
 )
 def test_a_step_that_would_undo_another_is_refused(
@@ -177,8 +181,104 @@ def test_a_run_cut_off_goes_on_after_the_last_step_done(
     assert not left.exists()
 
 
-def fail(*_: object) -> None:
+def fail(*_: object, **__: object) -> Any:
     raise RuntimeError("made to fail")
+
+
+@pytest.mark.parametrize("names", [("depth",), ("depth", "width")])
+def test_a_run_cut_off_before_its_figures_goes_on(
+    names: tuple[str, ...], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(config, *names)
+    argv, pruned = ["--config", str(config)], config.parent / "pruned"
+    measure = compress.cross_entropy
+    with monkeypatch.context() as context:
+        context.setattr(compress, "cross_entropy", lambda *args, what: fail() if what == "after" else measure(*args))
+        with pytest.raises(RuntimeError, match="made to fail"):
+            entry.run_recipe("compress", argv)
+    before = (pruned / "model.safetensors").stat()
+    assert "figures" not in json.loads((pruned / "compression.json").read_text())["steps"][-1]
+    assert entry.run_recipe("compress", [*argv, "seed=1"]) == entry.EXIT_BAD_INPUT  # it is another run's
+    capsys.readouterr()
+    assert entry.run_recipe("compress", argv) == 0
+    done = ", ".join(STEPS[name]["_component_"].rpartition(".")[2] for name in names)
+    assert f"{done}: done before" in capsys.readouterr().out
+    assert (pruned / "model.safetensors").stat() == before
+    steps = json.loads((pruned / "compression.json").read_text())["steps"]
+    assert steps[-1]["figures"]["perplexity_after"] > 1
+    assert len(steps) == len(names)
+    assert not list(config.parent.glob(".pruned*"))
+    assert entry.run_recipe("compress", argv) == entry.EXIT_BAD_INPUT  # and done now
+
+
+def test_what_somebody_has_put_into_the_directory_of_a_run_cut_off_is_left_alone(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr("kd_recipes.compression.depth.keep_blocks", fail)
+        with pytest.raises(RuntimeError, match="made to fail"):
+            entry.run_recipe("compress", ["--config", str(config)])
+    result = config.parent / "pruned" / "result.txt"
+    result.parent.mkdir()
+    result.write_text("precious")
+    assert entry.run_recipe("compress", ["--config", str(config)]) == entry.EXIT_BAD_INPUT
+    assert "output_dir: got" in capsys.readouterr().err
+    assert [path.name for path in result.parent.iterdir()] == ["result.txt"]
+
+
+def test_a_run_cut_off_begins_anew_on_other_weights(
+    config: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = config.parent / "source"
+    shutil.copytree(teacher, source)
+    argv = ["--config", str(write_steps(config, "depth", "width")), f"checkpoint_dir={source}"]
+    with monkeypatch.context() as context:
+        context.setattr("kd_recipes.compression.width.narrowed", fail)
+        with pytest.raises(RuntimeError, match="made to fail"):
+            entry.run_recipe("compress", argv)
+    weights = load_file(source / "model.safetensors")
+    matter = {name: 1000 * tensor if ".layers.1." in name else tensor for name, tensor in weights.items()}
+    save_file(matter, source / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert entry.run_recipe("compress", argv) == 0
+    assert "done before" not in capsys.readouterr().out
+    steps = json.loads((config.parent / "pruned" / "compression.json").read_text())["steps"]
+    assert 1 in steps[0]["kept_blocks"]
+
+
+# ---------------------------------------------------------------------------------------------------------- free space
+def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=num_bytes)
+    monkeypatch.setattr("kd_recipes.storage.shutil.disk_usage", lambda path: usage)
+
+
+def test_codes_need_less_room_than_the_model_that_they_are_of(
+    config: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_bytes = read_checkpoint(teacher).num_bytes  # in float32
+    argv = ["--config", str(write_steps(config, "int8"))]
+    free(monkeypatch, num_bytes // 5)
+    assert entry.run_recipe("compress", argv) == entry.EXIT_BAD_INPUT
+    assert "output_dir: got" in capsys.readouterr().err
+    assert not list(config.parent.glob("*pruned*"))
+    free(monkeypatch, num_bytes // 2)
+    assert entry.run_recipe("compress", argv) == 0
+
+
+@pytest.mark.parametrize("name", ["depth", "width", "sparse", "dense", "tucker"])
+def test_room_for_just_what_is_written_is_enough(
+    name: str, config: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(config, name)
+    argv = ["--config", str(config)]
+    assert entry.run_recipe("compress", argv) == 0
+    num_bytes = read_checkpoint(config.parent / "pruned").num_bytes
+    shutil.rmtree(config.parent / "pruned")
+    free(monkeypatch, num_bytes - 1)
+    assert entry.run_recipe("compress", argv) == entry.EXIT_BAD_INPUT
+    assert f"{num_bytes:,} bytes free" in capsys.readouterr().err
+    free(monkeypatch, num_bytes)
+    assert entry.run_recipe("compress", argv) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_recipes.batch import Batch
-from kd_recipes.compression import LowRank, Sparsification, Step, form_of, read_checkpoint, sections
+from kd_recipes.compression import (
+    LowRank,
+    Quantization,
+    Sparsification,
+    Step,
+    ToDense,
+    WidthPruning,
+    form_of,
+    read_checkpoint,
+    sections,
+)
+from kd_recipes.compression.form import zero_pattern
 from kd_recipes.entry import run_recipe
+from kd_recipes.errors import ConfigError
 from kd_recipes.models import from_checkpoint
 from kd_recipes.parts import load_model
 from toy import Interrupted, Toys, calibration, distill, logged, save_model, save_tokenizer, text_section
@@ -23,6 +35,7 @@ from toy import Interrupted, Toys, calibration, distill, logged, save_model, sav
 WriteConfig = Callable[..., Path]
 COMPRESSION = "kd_recipes.compression"
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 300
+GRADUAL = {"_component_": f"{COMPRESSION}.GradualSparsity"}
 KEEP = {"_component_": f"{COMPRESSION}.KeepZeros"}
 Q4 = {
     "_component_": f"{COMPRESSION}.QuantizationAwareTraining",
@@ -227,6 +240,58 @@ def test_zeros_and_a_lattice_go_together_and_once_more(
     distill(write_config(tmp_path, **student(final, [KEEP, Q4], **SIX, output_dir=str(tmp_path / "again"))))
     last = zeros(tmp_path / "again" / "final")
     assert all(not (before[name] & ~last[name]).any() for name in before)
+
+
+@pytest.mark.parametrize("constraints", [[GRADUAL, SCHEMES["q4"]], SCHEMES["q4"]], ids=["sparse", "whole"])
+def test_zeros_that_have_been_put_are_told_from_those_of_a_lattice(
+    constraints: Any, toys: Toys, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    distill(write_config(tmp_path, **student(toys.student, constraints, **SIX)))
+    final = tmp_path / "run" / "final"
+    expected = "unstructured" if isinstance(constraints, list) else "none"
+    dense = ToDense().apply(read_checkpoint(final), tmp_path / "dense", calibration([]))
+    (_, weight_OI) = next(dense.tensors(["model.layers.0.mlp.up_proj.weight"]))
+    assert zero_pattern(weight_OI) == "unstructured"  # in either
+    forms = [form_of(read_checkpoint(final)), form_of(dense)]
+    assert [form.zeros for form in forms] == [expected] * 2
+    steps = json.loads((dense.directory / "compression.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["distillation", "ToDense"]
+    (*_, lattice) = steps[0]["constraints"]
+    assert (lattice["constraint"], lattice["scheme"]) == ("QuantizationAwareTraining", "gguf_q4_0")
+    widths = WidthPruning(intermediate_dim=64)
+    if expected == "none":
+        widths.check(forms[1])
+    else:
+        with pytest.raises(ConfigError, match="of a model with unstructured zeros, which it would fill in"):
+            widths.check(forms[1])
+
+
+def test_zeros_are_known_whichever_checkpointer_has_written_them(
+    toys: Toys, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """torchtune's copies compression.json of the student, if there is one; codes then come on top."""
+    distill(write_config(tmp_path, **{"student_constraints": GRADUAL, **SIX}))
+    final = tmp_path / "run" / "final"
+    (step,) = json.loads((final / "compression.json").read_text())["steps"]
+    assert step["constraints"][0]["sparsity"] == 0.5
+    codes = Quantization("int2_g32", method="round").apply(read_checkpoint(final), tmp_path / "q", calibration([]))
+    assert form_of(codes).zeros == "unstructured"
+    # who trains it without keeping its zeros has none but those of the lattice again
+    distill(write_config(tmp_path, **student(codes.directory, Q4, **SIX, output_dir=str(tmp_path / "free"))))
+    assert form_of(read_checkpoint(tmp_path / "free" / "final")).zeros == "none"
+
+
+def test_a_student_without_a_history_gets_none(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> None:
+    distill(write_config(tmp_path))
+    assert not (tmp_path / "run" / "final" / "compression.json").exists()
+    pruned = compressed(toys, tmp_path / "pruned", WidthPruning(intermediate_dim=64))
+    cfg = sections(pruned)
+    cfg.checkpointer.output_dir = "${output_dir}"
+    distill(write_config(tmp_path, **cfg, output_dir=str(tmp_path / "again")))
+    final = tmp_path / "again" / "final"
+    steps = json.loads((final / "compression.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["WidthPruning", "distillation"]
+    assert OmegaConf.load(final / "model.yaml").checkpointer.checkpoint_dir == str(final)
 
 
 @pytest.mark.parametrize("then", ["8da4w", "q4", None])

@@ -44,11 +44,11 @@ def test_tune_runs_it_by_each_name_with_overrides_from_another_directory(
 
 
 def test_another_recipe_is_refused_in_two_processes(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = str(write_config(tmp_path, recipe="evaluate"))
-    result = run_tune("run", "--nproc_per_node", "2", "kd_recipes.evaluate", "--config", config, cwd=tmp_path)
+    config = str(write_config(tmp_path, recipe="compress"))
+    result = run_tune("run", "--nproc_per_node", "2", "kd_recipes.compress", "--config", config, cwd=tmp_path)
     assert result.returncode != 0
-    assert "kd_recipes.evaluate cannot run:" in result.stderr
-    assert "--nproc_per_node: got 2, wanted 1: `evaluate` runs in a single process" in result.stderr
+    assert "kd_recipes.compress cannot run:" in result.stderr
+    assert "--nproc_per_node: got 2, wanted 1: `compress` runs in a single process" in result.stderr
     assert "kd_recipes/" not in result.stderr  # no frame of ours in a traceback; torchrun's own summary is torchrun's
     assert not (tmp_path / "run").exists()
 
@@ -315,7 +315,7 @@ def test_best_is_the_best_and_final_the_last(toys: Toys, write_config: WriteConf
     held_out = _held_out(toys, toys.data / "held_out.jsonl")
     overrides |= {"eval_dataset": held_out, "eval_every_n_steps": 1, "best_metric": "perplexity"}
     recipe = distill(write_config(tmp_path, **overrides))
-    scores = {step: held_out.perplexity for step, held_out in recipe._history.items()}
+    scores = {step: held_out.perplexity for step, held_out in recipe._held_out.items()}
     best = min(scores, key=scores.__getitem__)
     assert 0 < best < 12, scores
     run = tmp_path / "run"
@@ -345,7 +345,7 @@ def test_kd_ratio_0_still_compares_held_out_text_with_the_teacher(
 ) -> None:
     held_out = _held_out(toys, toys.data / "held_out.jsonl")
     recipe = distill(write_config(tmp_path, kd_ratio=0, eval_dataset=held_out, max_steps=1))
-    assert recipe._history[1].kl > 0
+    assert recipe._held_out[1].kl > 0
 
 
 def test_the_teacher_has_its_own_dtype(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def config(toys: Toys, tmp_path: Path) -> Path:
         "tokenizer": {"_component_": "kd_recipes.tokenizers.hf_tokenizer", "path": str(toys.student)},
         "dataset": text_section(toys.data / "text.jsonl", tmp_path / "cache"),
         "batch_size": 2,
-        "prompt": "the cat",
+        "prompts": ["the cat", "a dog"],
         "max_new_tokens": 5,
         "device": "cpu",
         "dtype": "fp32",
@@ -59,13 +60,74 @@ def test_equals_what_transformers_logits_give(config: Path, toys: Toys, tmp_path
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     student, teacher = found["models"]
     perplexity, kl, agreement = _oracle(toys)
-    assert student["perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    assert student["held_out"]["kl"] == pytest.approx(kl, rel=1e-4)
-    assert student["held_out"]["agreement"] == pytest.approx(agreement, abs=1e-6)
-    assert teacher["held_out"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert teacher["held_out"]["agreement"] == 1
-    assert student["num_bytes"] == (toys.student / "model.safetensors").stat().st_size
-    assert "| student |" in (tmp_path / "evaluation" / "evaluation.md").read_text()
+    text = student["text"]
+    assert math.exp(text["cross_entropy"]["mean"]) == pytest.approx(perplexity, rel=1e-4)
+    assert text["kl"]["mean"] == pytest.approx(kl, rel=1e-4)
+    assert text["agreement"]["mean"] == pytest.approx(agreement, abs=1e-6)
+    assert text["num_bytes"] == sum(len(_text_after_first_token(toys, line)) for line in _lines(toys))
+    assert text["change"]["low"] < text["change"]["mean"] < text["change"]["high"]
+    assert teacher["text"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert teacher["text"]["agreement"]["mean"] == 1
+    assert teacher["text"]["change"] is None
+    assert student["cost"]["num_bytes"] == (toys.student / "model.safetensors").stat().st_size
+    assert student["cost"]["decode_tokens_per_second"] > 0
+    assert [sample["prompt"] for sample in student["samples"]] == ["the cat", "a dog"]
+    assert not (tmp_path / "evaluation" / ".reference").exists()
+    assert "student" in (tmp_path / "evaluation" / "evaluation.md").read_text()
+    assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def _lines(toys: Toys) -> list[str]:
+    return [json.loads(line)["text"] for line in (toys.data / "text.jsonl").read_text().splitlines()]
+
+
+def _text_after_first_token(toys: Toys, text: str) -> bytes:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toys.student)
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[1:])).encode()
+
+
+def _results(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    return {model["name"]: model for model in found["models"]}
+
+
+def test_what_is_done_is_not_done_again(config: Path, toys: Toys, tmp_path: Path) -> None:
+    assert run_recipe("evaluate", ["--config", str(config)]) == 0
+    first = _results(tmp_path)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evaluation" / "models").iterdir()}
+    (tmp_path / "evaluation" / "models" / "student.json").write_text("{")  # cut off while it was written
+    assert run_recipe("evaluate", ["--config", str(config), f"models.again={toys.student}"]) == 0
+    second = _results(tmp_path)
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evaluation" / "models").iterdir()}
+    assert now["teacher.json"] == times["teacher.json"]
+    assert now["student.json"] > times["student.json"]
+    assert second["teacher"] == first["teacher"]
+    for name in ("student", "again"):
+        for part in ("text", "samples", "diversity"):
+            assert second[name][part] == first["student"][part], part
+    assert run_recipe("evaluate", ["--config", str(config), "max_batches=1"]) == 0
+    assert _results(tmp_path)["teacher"]["text"]["num_tokens"] < first["teacher"]["text"]["num_tokens"]
+
+
+def test_two_processes_find_what_one_does(config: Path, toys: Toys, tmp_path: Path) -> None:
+    questions = [
+        {"question": "the cat", "choices": [" sat", " dog", " tree"], "answer": index % 3} for index in range(7)
+    ]
+    tasks = f"tasks=[{write_jsonl(tmp_path / 'pets.jsonl', questions)}]"
+    assert run_recipe("evaluate", ["--config", str(config), tasks]) == 0
+    one = _results(tmp_path)
+    arguments = ("run", "--nproc_per_node", "2", "kd_recipes.evaluate", "--config", str(config), tasks)
+    result = run_tune(*arguments, f"output_dir={tmp_path / 'two' / 'evaluation'}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    two = _results(tmp_path / "two")
+    for name in ("student", "teacher"):
+        assert two[name]["text"]["by_sequence"]["num_tokens"] == one[name]["text"]["by_sequence"]["num_tokens"]
+        assert two[name]["text"]["kl"]["mean"] == pytest.approx(one[name]["text"]["kl"]["mean"], rel=1e-5, abs=1e-7)
+        assert two[name]["tasks"]["pets"]["choices"] == one[name]["tasks"]["pets"]["choices"]
+        assert two[name]["samples"] == one[name]["samples"]
+    assert sum(one["student"]["tasks"]["pets"]["changed"]) == 7
 
 
 @pytest.mark.parametrize(
@@ -74,6 +136,8 @@ def test_equals_what_transformers_logits_give(config: Path, toys: Toys, tmp_path
         ("reference=tutor", "reference: got 'tutor', wanted one of student, teacher"),
         ("models.student=/nowhere", "models.student: got '/nowhere', wanted a Hugging Face checkpoint directory"),
         ("batch_size=0", "batch_size: got 0"),
+        ("tasks=[no_such.jsonl]", "no_such"),
+        ("num_prompts=-1", "num_prompts: got -1"),
     ],
 )
 def test_bad_input(

@@ -86,7 +86,7 @@ def test_terms_train_the_student_and_their_projections(toys: Toys, write_config:
         at = steps[step]
         terms = 2.0 * at["loss/hidden_mse"] + 0.5 * at["loss/attention_relations"]
         assert at["loss/total"] == pytest.approx(at["loss/cross_entropy"] + terms, rel=1e-4)
-        assert "quality/forward_kl" not in at  # kd_ratio 0: no product with the teacher's head
+        assert "kd/forward_kl" not in at  # kd_ratio 0: no product with the teacher's head
     projections = dict(recipe._features.named_parameters())
     assert {tuple(p.shape) for p in projections.values()} == {(96, 64)}
     assert len(projections) == 2

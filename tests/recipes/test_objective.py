@@ -27,13 +27,13 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "TotalVariation": {},
 }
 KNOWN = (
-    "accuracy",
-    "agreement",
-    "forward_kl",
-    "reverse_kl",
-    "student_entropy",
-    "teacher_entropy",
-    "teacher_label_mass",
+    "quality/accuracy",
+    "kd/agreement",
+    "kd/forward_kl",
+    "kd/reverse_kl",
+    "kd/student_entropy",
+    "kd/teacher_entropy",
+    "kd/teacher_label_mass",
 )
 
 
@@ -50,7 +50,7 @@ def test_each_divergence_by_its_name(name: str, write_config: WriteConfig, tmp_p
     steps = logged(tmp_path / "run")
     for step in (1, 2):
         assert steps[step]["loss/divergence"] > 0
-        assert all(math.isfinite(steps[step][f"quality/{known}"]) for known in KNOWN)
+        assert all(math.isfinite(steps[step][known]) for known in KNOWN)
 
 
 def test_a_function_of_two_log_probabilities(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -68,11 +68,11 @@ def test_ratio_and_temperature_change_from_step_to_step(write_config: WriteConfi
     }
     distill(write_config(tmp_path, **schedules), "max_steps=3", "teacher_temperature=1.5", "label_smoothing=0.1")
     steps = logged(tmp_path / "run")
-    assert [steps[step]["objective/kd_ratio"] for step in (1, 2, 3)] == pytest.approx([1.0, 0.75, 0.5])
-    assert [steps[step]["objective/temperature"] for step in (1, 2, 3)] == pytest.approx([1.0, 1.5, 2.0])
+    assert [steps[step]["kd/kd_ratio"] for step in (1, 2, 3)] == pytest.approx([1.0, 0.75, 0.5])
+    assert [steps[step]["kd/temperature"] for step in (1, 2, 3)] == pytest.approx([1.0, 1.5, 2.0])
     for step in (1, 2, 3):
         at = steps[step]
-        ratio, temperature = at["objective/kd_ratio"], at["objective/temperature"]
+        ratio, temperature = at["kd/kd_ratio"], at["kd/temperature"]
         mixture = ratio * temperature**2 * at["loss/divergence"] + (1 - ratio) * at["loss/cross_entropy"]
         assert at["loss/total"] == pytest.approx(mixture, rel=1e-4)
 

@@ -80,7 +80,7 @@ def test_the_update_does_not_depend_on_the_number_of_processes(
     _assert_close(two, one)
     logs = [logged(tmp_path / name / "run") for name in ("1", str(many))]
     for step in (1, 2, 3):
-        for metric in ("loss/total", "quality/accuracy", "quality/forward_kl", "optimizer/grad_norm"):
+        for metric in ("loss/total", "quality/accuracy", "kd/forward_kl", "optimizer/grad_norm"):
             assert logs[1][step][metric] == pytest.approx(logs[0][step][metric], rel=1e-4), (step, metric)
     exports = [
         load_file(tmp_path / name / "run" / "final" / "model-00001-of-00001.safetensors") for name in ("1", str(many))

@@ -1,0 +1,5 @@
+"""An evaluation to look at: one HTML file, the same as Markdown and as JSON."""
+
+from kd_recipes.evaluation.report.write import to_json, write_report
+
+__all__ = ["to_json", "write_report"]

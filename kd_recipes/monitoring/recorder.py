@@ -1,0 +1,134 @@
+"""What a run reports: to its metric logger, to ``history.jsonl``, and to whoever watches over its health."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+from tqdm import tqdm
+
+from kd_recipes.evaluation.behaviour import Behaviour, Speaker
+from kd_recipes.evaluation.held_out import HeldOut
+from kd_recipes.history import Entry, History
+from kd_recipes.monitoring.board import Board
+from kd_recipes.monitoring.health import Health
+from kd_recipes.monitoring.metrics import log
+from kd_recipes.monitoring.monitor import Alert, HealthMonitor
+from kd_recipes.monitoring.symptoms import Vitals
+from kd_recipes.training.parallel import Parallel
+
+
+class Recorder:
+    """Takes what is measured; the main process writes it, all of them know of alerts.
+
+    Args:
+        directory: the run's.
+        parallel: the processes.
+        logger: torchtune's metric logger, in the main process.
+        health: None watches over nothing.
+    """
+
+    def __init__(self, directory: Path, parallel: Parallel, logger: Any, health: Health | None) -> None:
+        self._parallel, self._logger, self._health = parallel, logger, health
+        self.behaviour: Behaviour | None = None  # what measures generated texts, where there is a teacher to compare
+        self._history = History(directory)
+        self._monitor = HealthMonitor(health) if health else None
+        self._board = Board(logger) if parallel.is_main else None
+        self._train_kls: list[float] = []
+        self._num_evaluations = 0
+
+    def describe(self, config: Mapping[str, Any], model: TransformerDecoder | None = None) -> None:
+        """Report what is known beforehand: the config, plain and without secrets, and the graph of a model."""
+        if self._board:
+            self._board.describe(config)
+            if model is not None:
+                self._board.graph(model)
+
+    def histograms(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """The distributions of the weights."""
+        if self._board:
+            self._board.histograms(step, parameters)
+
+    def resume(self, step: int) -> None:
+        """Go on after a step; what has been recorded of later ones is forgotten."""
+
+        def rewind() -> list[Entry]:
+            self._history.rewind(step)
+            return list(self._history.read("health"))
+
+        entries = self._parallel.each(rewind() if self._parallel.is_main else [])[0]
+        self._num_evaluations = len(entries)
+        if self._monitor:
+            self._monitor.replay(entries)
+
+    def step(self, step: int, metrics: Mapping[str, float], *, is_logged: bool, is_comparable: bool) -> None:
+        """One update.
+
+        Args:
+            step: updates made.
+            metrics: by tag.
+            is_logged: whether the metric logger gets it.
+            is_comparable: whether the divergence was at temperature 1, as on held-out text.
+        """
+        if is_comparable and math.isfinite(kl := metrics.get("kd/forward_kl", math.nan)):
+            self._train_kls.append(kl)
+        if self._parallel.is_main:
+            self._history.append(step, "train", metrics)
+            if is_logged:
+                log(self._logger, "", metrics, step)
+
+    def evaluation(self, step: int, held_out: HeldOut, student: Speaker) -> list[Alert]:
+        """An evaluation on held-out text; measures and reports what else there is, and returns what is wrong."""
+        values = held_out.metrics()
+        self._write(step, "held_out", values, "held_out/")
+        if self._monitor is None or self._health is None:
+            return []
+        texts = (dict[str, float](), dict[str, float](), list[dict[str, str]]())
+        if self.behaviour and self._num_evaluations % self._health.every_n_evaluations == 0:
+            texts = self.behaviour.measure(student)
+        self._num_evaluations += 1
+        train_kl = sum(self._train_kls) / len(self._train_kls) if self._train_kls else math.nan
+        self._train_kls = []
+        mine = {
+            **values,
+            **texts[0],
+            "train_kl": train_kl,
+            "held_out_kl": held_out.kl,
+            "entropy": held_out.student_entropy,
+        }
+        vitals = self._parallel.each(Vitals.of(mine, texts[1]))[0]  # one for all, whatever was rounded where
+        alerts = self._monitor.observe(step, vitals)
+        if self._parallel.is_main:
+            self._history.append(step, "health", asdict(vitals))
+            log(self._logger, "health/", self._monitor.metrics(), step)
+            self._report(step, alerts, texts[2])
+        return alerts
+
+    def _report(self, step: int, alerts: list[Alert], samples: list[dict[str, str]]) -> None:
+        for alert in alerts:
+            self._history.append(step, "alert", asdict(alert))
+            tqdm.write(f"ALERT {alert}")
+        if samples and self._board:
+            self._history.append(step, "samples", {"samples": samples})
+            self._board.samples(step, samples)
+
+    def _write(self, step: int, split: Any, values: Mapping[str, float], prefix: str) -> None:
+        if self._parallel.is_main:
+            self._history.append(step, split, values)
+            log(self._logger, prefix, values, step)
+            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v == v))
+
+    def adjust(self, settings: Mapping[str, float]) -> dict[str, float]:
+        """The objective's ``kd_ratio`` and ``temperature``, after what alerts have done to them."""
+        return self._monitor.adjust(settings) if self._monitor else dict(settings)
+
+    def close(self) -> None:
+        """Flush what has been written."""
+        if self._board:
+            self._board.finish()
+            self._logger.close()

@@ -1,0 +1,137 @@
+"""Each token's numbers against the textbook in float64, and what is made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd_recipes.batch import IGNORE_INDEX, Batch
+from kd_recipes.evaluation import evaluate_held_out, tokens
+from kd_recipes.evaluation.measure import change, measure_text
+from kd_recipes.evaluation.results import TextFigures
+from kd_recipes.signals import DenseSignal, LinearLogits
+
+B, S, V = 3, 7, 11
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    labels_BS = torch.randint(0, V, (B, S), generator=generator)
+    labels_BS[0, :3] = labels_BS[2, 1:] = IGNORE_INDEX
+    return Batch(torch.randint(0, V, (B, S), generator=generator), labels_BS)
+
+
+def logits(seed: int, num_rows: int = V) -> Tensor:
+    return 3 * torch.randn(B * S, num_rows, generator=torch.Generator().manual_seed(seed))
+
+
+def signal(values_TV: Tensor) -> DenseSignal:
+    return DenseSignal(LinearLogits(given_TV=values_TV))
+
+
+def oracle(q_TV: Tensor, p_TV: Tensor, batch: Batch) -> list[dict[str, float]]:
+    """One token at a time, by the definitions."""
+    rows = []
+    for place, label in enumerate(batch.labels_BS.flatten().tolist()):
+        if label == IGNORE_INDEX:
+            continue
+        q, p = (x_TV[place].double().softmax(0).tolist() for x_TV in (q_TV, p_TV))
+        rows.append(
+            {
+                "row": place // S,
+                "cross_entropy": -math.log(q[label]),
+                "entropy": -sum(a * math.log(a) for a in q),
+                "accuracy": float(q.index(max(q)) == label),
+                "confidence": max(q),
+                "kl": sum(b * math.log(b / a) for a, b in zip(q, p, strict=True)),
+                "reverse_kl": sum(a * math.log(a / b) for a, b in zip(q, p, strict=True)),
+                "agreement": float(q.index(max(q)) == p.index(max(p))),
+                "reference_cross_entropy": -math.log(p[label]),
+                "reference_entropy": -sum(b * math.log(b) for b in p),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 2**24])
+def test_each_token_is_what_the_definitions_say(batch: Batch, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_LOGITS", chunk * V)
+    # a padded head of the reference: what is beyond the shared ids counts nothing
+    q_TV, p_TV = logits(2), logits(3, V + 5)
+    found = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V)
+    expected = oracle(q_TV, p_TV[:, :V], batch)
+    assert found.rows_N.tolist() == [row["row"] for row in expected]
+    for name in expected[0].keys() - {"row"}:
+        assert found.values[name].tolist() == pytest.approx([row[name] for row in expected], rel=1e-5, abs=1e-6), name
+
+
+def test_an_id_without_probability_is_no_nan(batch: Batch) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+    p_TV[:, 4] = -torch.inf
+    found = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V)
+    assert found.values["kl"].isfinite().all()
+    assert (found.values["reverse_kl"] == torch.inf).all()  # the model gives it some
+
+
+def means(q_TV: Tensor, p_TV: Tensor, batch: Batch) -> dict[str, float]:
+    rows = oracle(q_TV, p_TV, batch)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def test_held_out_means_are_over_the_tokens_of_all_batches(batch: Batch) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+    found = evaluate_held_out(lambda _: signal(q_TV), lambda _: signal(p_TV), [batch, batch], V)
+    expected = means(q_TV, p_TV, batch)
+    assert found.num_tokens == 2 * len(oracle(q_TV, p_TV, batch))
+    assert found.kl == pytest.approx(expected["kl"], rel=1e-5)
+    assert found.student_entropy == pytest.approx(expected["entropy"], rel=1e-5)
+    assert found.teacher_cross_entropy == pytest.approx(expected["reference_cross_entropy"], rel=1e-5)
+    alone = evaluate_held_out(lambda _: signal(q_TV), None, [batch], V)
+    assert alone.cross_entropy == pytest.approx(expected["cross_entropy"], rel=1e-5)
+    assert math.isnan(alone.kl)
+    assert math.isnan(alone.teacher_calibration_error)
+
+
+def test_sums_of_two_processes_give_what_one_gives(batch: Batch) -> None:
+    other = Batch(batch.tokens_BS.flip(0), batch.labels_BS.flip(0))
+    q_TV, p_TV = logits(2), logits(3)
+    both: list[Tensor] = []
+
+    def collect(sums: Tensor) -> Tensor:
+        both.append(sums)
+        return sums
+
+    arguments = (lambda _: signal(q_TV), lambda _: signal(p_TV))
+    whole = evaluate_held_out(*arguments, [batch, other], V)
+    for part in (batch, other):
+        evaluate_held_out(*arguments, [part], V, collect)
+    split = evaluate_held_out(*arguments, [batch], V, lambda _: both[0] + both[1])
+    assert split.metrics() == pytest.approx(whole.metrics())
+
+
+def test_text_figures_are_ratios_over_sequences(batch: Batch) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+
+    def measure(values_TV: Tensor) -> TextFigures:
+        return measure_text(
+            lambda *_: signal(values_TV),
+            lambda *_: signal(p_TV),
+            [(0, batch), (1, batch)],
+            num_ids=V,
+            count_bytes=lambda ids: 3 * len(ids),
+        )
+
+    found, same = measure(q_TV), measure(p_TV)
+    expected = means(q_TV, p_TV, batch)
+    assert found.bits_per_byte.mean == pytest.approx(expected["cross_entropy"] / math.log(2) / 3, rel=1e-5)
+    assert found.kl.mean == pytest.approx(expected["kl"], rel=1e-5)
+    assert same.kl.mean == pytest.approx(0, abs=1e-6)
+    assert same.agreement.mean == 1
+    assert found.by_sequence["num_tokens"] == [4, 7, 1] * 2
+    less = change(same, found)
+    assert less.mean == pytest.approx(same.bits_per_byte.mean - found.bits_per_byte.mean, abs=1e-7)
+    assert less.low < less.mean < less.high
