@@ -33,11 +33,11 @@ class Generated:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Of some texts.
+    """Of some texts; by tokens, since a model that writes line breaks alone, or no spaces, writes no words.
 
     Args:
-        distinct_2: share of pairs of words that are distinct, over all texts (arXiv 1510.03055).
-        repetition_4: share of sequences of four words that occurred earlier in their text, mean over the texts
+        distinct_2: share of pairs of tokens that are distinct, over all texts (arXiv 1510.03055).
+        repetition_4: share of sequences of four tokens that occurred earlier in their text, mean over the texts
             (arXiv 1908.04319).
         self_bleu: BLEU-4 of each text against the others, mean, of 100 (arXiv 1802.01886).
         commonest_opening: share of the texts that begin with the commonest three words.
@@ -61,12 +61,12 @@ def measure_diversity(texts: Sequence[Generated]) -> Diversity:
     Raises:
         ValueError: there are no texts.
     """
-    words = [text.text.split() for text in _some(texts)]
-    opening, share = commonest_opening(words)
+    ids = [text.ids for text in _some(texts)]
+    opening, share = commonest_opening([text.text.split() for text in texts])
     return Diversity(
-        distinct_n(words, 2),
-        repetition_n(words, 4),
-        self_bleu(words),
+        distinct_n(ids, 2),
+        repetition_n(ids, 4),
+        self_bleu(ids),
         share,
         sum(len(text.ids) for text in texts) / len(texts),
         sum(text.is_ended for text in texts) / len(texts),

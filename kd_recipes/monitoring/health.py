@@ -36,8 +36,8 @@ class Health:
         min_entropy_ratio: of the student's predictions to the teacher's.
         max_entropy_ratio: likewise.
         max_calibration_excess: expected calibration error above the teacher's.
-        min_distinct_2: share of distinct pairs of words, over the teacher's.
-        max_repetition_4: share of four words that occurred before, over the teacher's,
+        min_distinct_2: share of distinct pairs of tokens, over the teacher's.
+        max_repetition_4: share of four tokens that occurred before, over the teacher's,
         repetition_4_floor: and at least.
         max_self_bleu: likeness of the texts to each other, over the teacher's,
         self_bleu_floor: and at least; of 100.

@@ -25,8 +25,8 @@ class Vitals:
         agreement: share of held-out tokens at which student and teacher have the same likeliest id.
         entropy: of the student's predictions on held-out text, nats.
         calibration_error: expected calibration error on held-out text.
-        distinct_2: of the texts made from the prompts, the share of pairs of words that are distinct.
-        repetition_4: share of sequences of four words that occurred in the same text before.
+        distinct_2: of the texts made from the prompts, the share of pairs of tokens that are distinct.
+        repetition_4: share of sequences of four tokens that occurred in the same text before.
         self_bleu: likeness of each text to the others, of 100.
         commonest_opening: share of the texts that begin with the commonest opening.
         mean_length: tokens of a text, up to ``max_new_tokens``.
@@ -282,7 +282,7 @@ SYMPTOMS = (
         "distinct_2",
         "min_distinct_2",
         _times_teacher("distinct_2"),
-        "{value:.1%} of the pairs of words in the student's texts are distinct, {reference:.1%} in the teacher's "
+        "{value:.1%} of the pairs of tokens in the student's texts are distinct, {reference:.1%} in the teacher's "
         "(limit {limit:.1%})",
         _DIVERSITY,
         is_above=False,
@@ -291,7 +291,7 @@ SYMPTOMS = (
         "repetition_4",
         "max_repetition_4",
         _times_teacher("repetition_4", "repetition_4_floor"),
-        "{value:.1%} of the sequences of four words in the student's texts repeat an earlier one, {reference:.1%} in "
+        "{value:.1%} of the sequences of four tokens in the student's texts repeat an earlier one, {reference:.1%} in "
         "the teacher's (limit {limit:.1%}): it goes round in circles",
         _DIVERSITY,
     ),

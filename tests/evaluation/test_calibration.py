@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_recipes.evaluation.calibration import Reliability
@@ -32,12 +32,14 @@ def _error_by_a_loop(tokens, num_bins):
 
 
 @given(_TOKENS, st.sampled_from([1, 2, 10, 15]))
+@settings(deadline=None)
 def test_the_error_is_that_of_the_paper(tokens, num_bins):
     found = _reliability(*zip(*tokens, strict=True), num_bins=num_bins)
     assert found.expected_calibration_error == pytest.approx(_error_by_a_loop(tokens, num_bins), abs=1e-12)
 
 
 @given(_TOKENS, st.integers(0, 40))
+@settings(deadline=None)
 def test_parts_add_up_to_the_whole(tokens, cut):
     whole = _reliability(*zip(*tokens, strict=True))
     parts = [Reliability(), Reliability()]

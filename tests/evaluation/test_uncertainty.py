@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_recipes.evaluation.uncertainty import (
@@ -178,6 +178,7 @@ def test_there_is_no_such_quantile(probability, degrees):
 
 
 @given(_ANSWERS)
+@settings(deadline=None)
 def test_flips_are_counts_and_the_p_value_a_sum_of_binomials(answers):
     a, b = [pair[0] for pair in answers], [pair[1] for pair in answers]
     counts, p_value = flips(a, b)
@@ -211,6 +212,7 @@ def test_the_difference_of_accuracies():
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
+@settings(deadline=None)
 def test_percentiles_interpolate(values):
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     assert percentiles(torch.tensor(values, dtype=torch.float64)) == pytest.approx([cuts[49], cuts[98]], abs=1e-6)

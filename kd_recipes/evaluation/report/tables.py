@@ -172,7 +172,7 @@ def diversity_table(evaluation: Evaluation) -> Table | None:
         if model.diversity is not None
     ]
     notes = (
-        "Drawn at temperature 1. distinct-2: share of pairs of words that differ; rep-4: of four words that repeat "
+        "Drawn at temperature 1. distinct-2: share of pairs of tokens that differ; rep-4: of four that repeat "
         "earlier ones; self-BLEU: likeness of the texts to each other, of 100; commonest opening: share of the texts "
         "that begin with it; length in tokens; ended: share that came to an end."
     )
