@@ -10,28 +10,25 @@ cores; what has been done is not done again, and names on the command line choos
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
-from kd_recipes import _torchtune
 from kd_recipes.compression import sections
 from kd_recipes.config import find_config
-from kd_recipes.parts import build, load_model
 
 ROOT = Path("runs/bench/compression")
 TEACHER = Path("runs/quickstart/teacher")
 STEPS = 30
-NUM_DECODED = 24
 TUNE = str(Path(sys.executable).with_name("tune"))
-DEVICE = torch.device("cpu")
+# Other packages on the same model and text: neurons by torch-pruning, 4 and 2 bits by torchao alone and llm-compressor.
+PEERS = Path("runs/bench/peers")
+PEER_PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1", "torch-pruning==1.6.1", "torchao>=0.15,<0.17")
+PEER_ROWS = ("torch_pruning", "torchao_4_32", "llm_compressor_4_32", "torchao_2_64", "llm_compressor_2_64")
 
 
 @dataclass(frozen=True)
@@ -141,41 +138,39 @@ def distil(name: str, row: Row, before: Path) -> Path:
     return directory / "final"
 
 
-def bytes_per_token(config: Any) -> float:
-    """Of the held-out text."""
-    rows = [json.loads(line)["text"] for line in Path(config.dataset.data_files).read_text("utf-8").splitlines()[:60]]
-    tokenizer = build("tokenizer", config.tokenizer)
-    return sum(len(row.encode()) for row in rows) / sum(len(tokenizer.encode(row, add_bos=False)) for row in rows)
+def peer(name: str) -> Path:
+    """What another package makes of the teacher, in an environment of its own; a plain directory."""
+    directory = ROOT / f"{name}_before"
+    if not (directory / "config.json").is_file():
+        python = PEERS / "bin" / "python"
+        if not python.is_file():
+            subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)
+        text = "runs/quickstart/data/train.jsonl"
+        subprocess.run([str(python), "tests/benchmarks/peers.py", name, str(TEACHER), text, str(directory)], check=True)
+    return directory
 
 
-def seconds_a_token(directory: Path) -> float:
-    """Of greedy decoding in eager float32, the best of three."""
-    found = sections(directory)
-    model = load_model("model", found.model, found.checkpointer, dtype=torch.float32, device=DEVICE).model.eval()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        _torchtune.greedy(model, list(range(100, 116)), NUM_DECODED, [])
-        times.append(time.perf_counter() - start)
-    return min(times) / NUM_DECODED
-
-
-def table(models: dict[str, Path]) -> str:
-    """Evaluate all models on the same text, and say what came of it."""
+def evaluate(models: dict[str, Path]) -> str:
+    """All models on the same text, with the teacher; what has been measured is not measured again."""
     config = OmegaConf.load(find_config("quickstart_evaluate"))
     config.models = {"teacher": str(TEACHER), **{name: str(path) for name, path in models.items()}}
-    config.prompt = None
+    config.prompts, config.num_prompts = None, 0
     run("evaluate", config, ROOT / "evaluation", "dtype=fp32")
     found = json.loads((ROOT / "evaluation" / "evaluation.json").read_text())["models"]
-    per_token = bytes_per_token(config) * math.log(2)
-    lines = ["| | parameters | on disk | bits a byte | KL | decoding |", "|---|---:|---:|---:|---:|---:|"]
-    reference = seconds_a_token(TEACHER)
+    lines = [
+        "| | parameters | on disk | bits a byte | less the teacher | KL | decoding |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    reference = found[0]["cost"]["decode_tokens_per_second"]
     for model in found:
-        path = {"teacher": TEACHER, **models}[model["name"]]
-        at = model["held_out"]
+        cost, text = model["cost"], model["text"]
+        change = text["change"]
+        beside = f"{change['mean']:+.3f} ± {(change['high'] - change['low']) / 2:.3f}" if change else ""
         lines.append(
-            f"| {model['name']} | {model['num_parameters'] / 1e6:.1f} M | {model['num_bytes'] / 1e6:.0f} MB "
-            f"| {at['cross_entropy'] / per_token:.3f} | {at['kl']:.3f} | {reference / seconds_a_token(path):.2f} |"
+            f"| {model['name']} | {cost['num_parameters'] / 1e6:.1f} M | {cost['num_bytes'] / 1e6:.0f} MB "
+            f"| {text['bits_per_byte']['mean']:.3f} | {beside} | {text['kl']['mean']:.3f} "
+            f"| {cost['decode_tokens_per_second'] / reference:.2f} |"
         )
     return "\n".join(lines)
 
@@ -183,14 +178,15 @@ def table(models: dict[str, Path]) -> str:
 def main() -> None:
     """Do the rows that are asked for, then evaluate all that are there."""
     ROOT.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or ROWS:
-        row = ROWS[name]
-        distil(name, row, compress(name, row))
+    for name in sys.argv[1:] or (*ROWS, *PEER_ROWS):
+        before = peer(name) if name in PEER_ROWS else compress(name, ROWS[name])
+        if name in ROWS or name == "torch_pruning":
+            distil(name, ROWS.get(name, Row([])), before)
     models = {}
-    for name in ROWS:
+    for name in (*ROWS, *PEER_ROWS):
         paths = {f"{name}_before": ROOT / f"{name}_before", f"{name}_after": ROOT / f"{name}_after" / "final"}
         models |= {label: path for label, path in paths.items() if (path / "config.json").is_file()}
-    text = table(models)
+    text = evaluate(models)
     (ROOT / "table.md").write_text(text + "\n")
     print(text)
 

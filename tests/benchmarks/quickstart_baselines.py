@@ -21,7 +21,14 @@ TUNE = str(Path(sys.executable).with_name("tune"))
 # torchtune's recipe knows neither our keys nor `auto`, and needs all of its own
 TORCHTUNE = [
     *("~recipe", "~temperature", "~max_steps", "~eval_every_n_steps", "~max_eval_batches", "~save_every_n_steps"),
-    *("~keep_last_n_checkpoints", "dtype=fp32", f"max_steps_per_epoch={STEPS}", "gradient_accumulation_steps=1"),
+    *(
+        "~keep_last_n_checkpoints",
+        "~health",
+        "~log_graph",
+        "dtype=fp32",
+        f"max_steps_per_epoch={STEPS}",
+        "gradient_accumulation_steps=1",
+    ),
     *("compile=False", "resume_from_checkpoint=False", "enable_activation_checkpointing=False"),
     *("enable_activation_offloading=False", "loss._component_=torchtune.modules.loss.CEWithChunkedOutputLoss"),
     "kd_loss=torchtune.modules.loss.ForwardKLWithChunkedOutputLoss",
