@@ -36,12 +36,15 @@ check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: quickstart  ## compare objectives and ways to compress by their students, loss and training step with others (hours)
+bench: quickstart  ## compare students, ways to compress, losses, steps, tasks and generation, with others in the same run (hours)
 	$(BIN)/python tests/benchmarks/quickstart_baselines.py
 	$(BIN)/python tests/benchmarks/compression.py
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python tests/benchmarks/loss_stage.py
 	$(BIN)/python tests/benchmarks/training_step.py
+	$(BIN)/python tests/benchmarks/tasks.py
+	$(BIN)/python tests/benchmarks/generation_speed.py
+	$(BIN)/python tests/benchmarks/monitoring.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -144,7 +144,7 @@ class DistillRecipe(FTRecipeInterface):
             logger = build("metric_logger", cfg.metric_logger)
             self._run.open(cfg)
             logger.log_config(without_environment(cfg))
-        recorder = Recorder(self._run.path, self._parallel, logger, self._health)
+        recorder = Recorder(self._run.path, self._parallel, logger, self._health, cfg.teacher_temperature)
         if self._health is not None and self._teacher is not None and self._eval_loader is not None:
             wanted = self._health.num_prompts, self._health.prompt_length
             prompts = self._parallel.each(beginnings(self._eval_loader.batches(), *wanted))
@@ -248,9 +248,7 @@ class DistillRecipe(FTRecipeInterface):
 
     def _report(self, metrics: dict[str, float], num_tokens: int, progress: Any) -> None:
         metrics |= self._meter.finish(num_tokens)
-        is_comparable = metrics["kd/temperature"] == 1 and self._cfg.teacher_temperature in (None, 1)
-        is_logged = self._is_due(self._cfg.log_every_n_steps)
-        self._recorder.step(self.step, metrics, is_logged=is_logged, is_comparable=is_comparable)
+        self._recorder.step(self.step, metrics, is_logged=self._is_due(self._cfg.log_every_n_steps))
         if self._is_due(self._cfg.log_histograms_every_n_steps):
             self._recorder.histograms(self.step, self._updates.parameters)
         progress.update()

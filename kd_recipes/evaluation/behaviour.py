@@ -15,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
 from kd_recipes.evaluation.exposure import measure_exposure
-from kd_recipes.evaluation.generation import generate
+from kd_recipes.evaluation.generation import generate, text_of
 from kd_recipes.evaluation.tokens import token_values
 from kd_recipes.signals import DenseSignal
 
@@ -78,7 +78,7 @@ class Behaviour:
         lengths = {"exposure_short": max(1, int(_SHORT * self._max_new_tokens)), "exposure_long": self._max_new_tokens}
         grown = {name: exposure.at(length) for name, length in lengths.items()}
         samples = [
-            {"prompt": self._tokenizer.decode(list(prompt)), "teacher": theirs.text, "student": ours.text}
+            {"prompt": text_of(self._tokenizer, prompt), "teacher": theirs.text, "student": ours.text}
             for prompt, theirs, ours in zip(self._prompts, self._teacher_texts, said, strict=True)
         ]
         return numbers(measure_diversity(said)) | grown, numbers(measure_diversity(self._teacher_texts)), samples
@@ -92,7 +92,7 @@ class Behaviour:
             stop_ids=self._tokenizer.stop_tokens,
             seed=self._seed,
         )
-        return [Generated(text.ids, self._tokenizer.decode(list(text.ids)), text.is_ended) for text in found]
+        return [Generated(text.ids, text_of(self._tokenizer, text.ids), text.is_ended) for text in found]
 
     @torch.no_grad()
     def _kl(self, student: Speaker, texts: Sequence[Generated]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,3 +144,11 @@ def _check(
             problems.append(Problem(f"prompts[{index}]", f"ids {unknown[:3]}", f"ids from 0 to {num_ids - 1}"))
     if problems:
         raise ConfigError(*problems)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids that a model has drawn: those that the tokenizer does not know, as of padding, have none."""
+    try:
+        return str(tokenizer.decode(list(ids)))
+    except (KeyError, IndexError, OverflowError, ValueError):  # of tiktoken, sentencepiece, tokenizers
+        return "".join(text_of(tokenizer, [one]) for one in ids) if len(ids) > 1 else ""

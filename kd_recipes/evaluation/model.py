@@ -16,7 +16,7 @@ from kd_recipes.batch import Batch
 from kd_recipes.compression.checkpoint import read_checkpoint, weight_files
 from kd_recipes.evaluation.cost import measure_cost
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
-from kd_recipes.evaluation.generation import Continuation, generate
+from kd_recipes.evaluation.generation import Continuation, generate, text_of
 from kd_recipes.evaluation.measure import Numbered, bytes_counter, change, measure_text
 from kd_recipes.evaluation.reference import StoredReference
 from kd_recipes.evaluation.results import ModelResult, Sample
@@ -153,7 +153,7 @@ def _continuations(model: TransformerDecoder, questions: Questions, name: str) -
     """Of each prompt, the likeliest and a drawn one; and how the drawn ones differ."""
     if not questions.prompts:
         return [], None
-    decode, stop_ids = questions.tokenizer.decode, questions.tokenizer.stop_tokens
+    decode, stop_ids = partial(text_of, questions.tokenizer), questions.tokenizer.stop_tokens
 
     def go_on(temperature: float) -> list[Continuation]:
         with tqdm(total=len(questions.prompts), desc=f"{name}: prompts", unit="prompt", leave=False) as progress:
@@ -169,8 +169,8 @@ def _continuations(model: TransformerDecoder, questions: Questions, name: str) -
 
     likeliest, drawn = go_on(0.0), go_on(1.0)
     samples = [
-        Sample(decode(list(prompt)), decode(list(greedy.ids)), decode(list(other.ids)))
+        Sample(decode(prompt), decode(greedy.ids), decode(other.ids))
         for prompt, greedy, other in zip(questions.prompts, likeliest, drawn, strict=True)
     ]
-    said = [Generated(other.ids, decode(list(other.ids)), other.is_ended) for other in drawn]
+    said = [Generated(other.ids, decode(other.ids), other.is_ended) for other in drawn]
     return samples, measure_diversity(said)

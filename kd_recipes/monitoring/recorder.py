@@ -31,10 +31,19 @@ class Recorder:
         parallel: the processes.
         logger: torchtune's metric logger, in the main process.
         health: None watches over nothing.
+        teacher_temperature: of the divergence; None for the student's.
     """
 
-    def __init__(self, directory: Path, parallel: Parallel, logger: Any, health: Health | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        parallel: Parallel,
+        logger: Any,
+        health: Health | None,
+        teacher_temperature: float | None = None,
+    ) -> None:
         self._parallel, self._logger, self._health = parallel, logger, health
+        self._is_softened = teacher_temperature not in (None, 1)
         self.behaviour: Behaviour | None = None  # what measures generated texts, where there is a teacher to compare
         self._history = History(directory)
         self._monitor = HealthMonitor(health) if health else None
@@ -59,24 +68,33 @@ class Recorder:
 
         def rewind() -> list[Entry]:
             self._history.rewind(step)
-            return list(self._history.read("health"))
+            return list(self._history.read("health", "train"))
 
         entries = self._parallel.each(rewind() if self._parallel.is_main else [])[0]
-        self._num_evaluations = len(entries)
+        evaluated = [entry.step for entry in entries if entry.split == "health"]
+        self._num_evaluations = len(evaluated)
+        for entry in entries:
+            if entry.split == "train" and entry.step > max(evaluated, default=0):
+                self._remember(entry.values)
         if self._monitor:
             self._monitor.replay(entries)
 
-    def step(self, step: int, metrics: Mapping[str, float], *, is_logged: bool, is_comparable: bool) -> None:
+    def _remember(self, metrics: Mapping[str, Any]) -> None:
+        """The KL of a training step, if it was at temperature 1, as on held-out text."""
+        kl = metrics.get("kd/forward_kl")
+        if self._is_softened or metrics.get("kd/temperature") != 1 or kl is None or not math.isfinite(kl):
+            return
+        self._train_kls.append(kl)
+
+    def step(self, step: int, metrics: Mapping[str, float], *, is_logged: bool) -> None:
         """One update.
 
         Args:
             step: updates made.
             metrics: by tag.
             is_logged: whether the metric logger gets it.
-            is_comparable: whether the divergence was at temperature 1, as on held-out text.
         """
-        if is_comparable and math.isfinite(kl := metrics.get("kd/forward_kl", math.nan)):
-            self._train_kls.append(kl)
+        self._remember(metrics)
         if self._parallel.is_main:
             self._history.append(step, "train", metrics)
             if is_logged:

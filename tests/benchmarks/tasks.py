@@ -173,14 +173,13 @@ def main() -> None:
     if set(wanted) & BIG_BENCH.keys():
         fetch_big_bench()
     models = ours(), theirs()
-    rows = [
-        "| task | items | identical choices | largest difference, nats | ours | hf | ours, s | hf, s | times as fast |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    print(
+        "| task | items | identical choices | largest difference, nats | ours | hf | ours, s | hf, s | times as fast |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for task in wanted:
         if (TASKS / f"{task}.jsonl").is_file():
-            rows.append(line(task, *(ask(lm, task, num_items) for lm in models)))
-            print("\n".join(rows), flush=True)
+            print(line(task, *(ask(lm, task, num_items) for lm in models)), flush=True)
     print(f"\n{errors(NUM_EXACT)}")
 
 

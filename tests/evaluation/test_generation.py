@@ -16,7 +16,7 @@ from kd_recipes import _torchtune
 from kd_recipes.compression import QuantizationAwareTraining
 from kd_recipes.errors import ConfigError
 from kd_recipes.evaluation.cost import measure_cost
-from kd_recipes.evaluation.generation import Continuation, generate
+from kd_recipes.evaluation.generation import Continuation, generate, text_of
 from kd_recipes.models import llama, lora_llama
 
 V = 61
@@ -153,3 +153,15 @@ def test_cost_counts_a_tied_table_once_and_takes_time() -> None:
     assert cost.num_threads == torch.get_num_threads()
     # 256 positions at a time use a matrix better than one at a time does
     assert cost.prefill_tokens_per_second > 2 * cost.decode_tokens_per_second > 0
+
+
+def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
+    class Known:
+        """Like tiktoken, which raises."""
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join({1: "a", 2: "b"}[one] for one in ids)
+
+    assert text_of(Known(), [1, 2, 1]) == "aba"
+    assert text_of(Known(), [1, 302, 2]) == "ab"
+    assert text_of(Known(), [302]) == text_of(Known(), []) == ""

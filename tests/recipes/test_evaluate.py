@@ -112,9 +112,7 @@ def test_what_is_done_is_not_done_again(config: Path, toys: Toys, tmp_path: Path
 
 
 def test_two_processes_find_what_one_does(config: Path, toys: Toys, tmp_path: Path) -> None:
-    questions = [
-        {"question": "the cat", "choices": [" sat", " dog", " tree"], "answer": index % 3} for index in range(7)
-    ]
+    questions = [{"question": "the cat", "choices": ["sat", "dog", "tree"], "answer": index % 3} for index in range(7)]
     tasks = f"tasks=[{write_jsonl(tmp_path / 'pets.jsonl', questions)}]"
     assert run_recipe("evaluate", ["--config", str(config), tasks]) == 0
     one = _results(tmp_path)

@@ -51,7 +51,9 @@ def _assert_same(run: Path, unbroken: Path, parameters: dict[str, Any], expected
     assert all(torch.equal(parameter, expected[name]) for name, parameter in parameters.items())
     timeless = [
         {
-            step: {name: value for name, value in metrics.items() if not name.startswith(("time", "throughput"))}
+            step: {
+                name: value for name, value in metrics.items() if not name.startswith(("time", "throughput", "memory"))
+            }
             for step, metrics in logged(path).items()
         }
         for path in (run, unbroken)
