@@ -224,6 +224,12 @@ def toy_config(toys: Toys, tmp_path: Path) -> DictConfig:
             "max_steps": 2,
             "device": "cpu",
             "dtype": "fp32",
+            "health": {  # texts as short as can be: a run that is cut off at every step makes them many times
+                "_component_": "kd_recipes.monitoring.Health",
+                "num_prompts": 2,
+                "prompt_length": 2,
+                "max_new_tokens": 4,
+            },
             "metric_logger": {
                 "_component_": "torchtune.training.metric_logging.DiskLogger",
                 "log_dir": "${output_dir}/logs",

@@ -62,12 +62,12 @@ def _assert_same(run: Path, unbroken: Path, parameters: dict[str, Any], expected
 
 
 def test_interrupted_at_every_step(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_config(tmp_path, **_evaluated(toys))
+    config = write_config(tmp_path, **_evaluated(toys), health=None)
     unbroken = distill(config, f"output_dir={tmp_path / 'unbroken'}")
     assert unbroken.step == 20
     for at in range(1, 21):
         run = tmp_path / f"run{at}"
-        config = write_config(tmp_path, **_evaluated(toys), output_dir=str(run))
+        config = write_config(tmp_path, **_evaluated(toys), health=None, output_dir=str(run))
         assert _signalled(config, at) == TERMINATED
         assert RunDirectory(run).checkpoints()[-1].name == f"step_{at:08d}"  # no step is lost
         resumed = distill(config, "resume_from_checkpoint=auto")
