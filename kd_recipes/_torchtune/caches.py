@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torchtune.generation import get_causal_mask_from_padding_mask, get_position_ids_from_padding_mask
@@ -23,17 +24,26 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from kd_recipes._torchtune.heads import Head, take_head, without_head
+from kd_recipes._torchtune.rotations import fast_rotations, replaced
 from kd_recipes.errors import ConfigError, Problem
 
 
 class _Cache:
-    """The keys and values of one block, in the place of torchtune's KVCache."""
+    """The keys and values of one block, in the place of torchtune's KVCache.
 
-    def __init__(self) -> None:
+    Args:
+        window: positions after which torchtune's Gemma 2 would look at the wrong ones; None elsewhere.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self._window = window
         self.clear(0, is_padded=False)
 
     def clear(self, capacity: int, *, is_padded: bool) -> None:
         """Forget all, and make room for ``capacity`` positions when the first come."""
+        if self._window is not None and capacity > self._window:
+            wanted = f"at most {self._window}, the window of the model's attention"
+            raise ConfigError(Problem("max_new_tokens", f"{capacity} positions with the longest prompt", wanted))
         self._capacity, self._is_padded, self._end = capacity, is_padded, 0
         self._both: tuple[Tensor, ...] = ()
 
@@ -86,6 +96,9 @@ class Decoding:
         Args:
             prompts: ids, of any lengths.
             num_steps: how often :meth:`step` may be called.
+
+        Raises:
+            ConfigError: more positions than the window of a Gemma 2.
         """
         longest = max(map(len, prompts))
         padding_B = torch.tensor([longest - len(prompt) for prompt in prompts])
@@ -128,22 +141,27 @@ def decoding(model: TransformerDecoder) -> Iterator[Decoding]:
     if len(attentions) != len(model.layers):
         wanted = "blocks with one MultiHeadAttention or Gemma2Attention each"
         raise ConfigError(Problem("model", f"{len(attentions)} in {len(model.layers)} blocks", wanted))
-    caches = [_Cache() for _ in attentions]
+    caches = [_Cache(getattr(attention, "sliding_window_size", None)) for attention in attentions]
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        # FSDP goes on using what it gathers first; it cannot train with that if it was in inference mode
+        stack.enter_context(torch.no_grad() if parts else torch.inference_mode())
         stack.enter_context(parametrize.cached())
+        stack.enter_context(fast_rotations(model))
         stack.enter_context(_evaluating(model))
         if any(module._compiled_call_impl is not None for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # each length would be compiled anew
         stack.enter_context(without_head(model))
         head = take_head(model)
-        stack.enter_context(_replaced(model, output_hidden_states=[]))
+        stack.enter_context(replaced(model, output_hidden_states=[]))
         for attention, cache in zip(attentions, caches, strict=True):
-            replaced: dict[str, Any] = {"kv_cache": cache, "cache_enabled": True}
+            others: dict[str, Any] = {"kv_cache": cache, "cache_enabled": True}
             if isinstance(attention, MultiHeadAttention):
                 # a head of keys for each of queries, as it were: then it does not copy them, and `attend` shares them
-                replaced |= {"num_kv_heads": attention.num_heads, "_attention_call": cache.attend}
-            stack.enter_context(_replaced(attention, **replaced))
+                others |= {"num_kv_heads": attention.num_heads, "_attention_call": cache.attend}
+            stack.enter_context(replaced(attention, **others))
+        for part in parts:
+            stack.callback(part.reshard)  # the outermost would stay gathered until a backward pass
         yield Decoding(model, head, caches)
 
 
@@ -161,17 +179,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, is_training in modes.items():
             module.training = is_training
-
-
-@contextmanager
-def _replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Other attributes for a while; those of the instance are seen before its submodules."""
-    own = vars(module)
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del own[name]
-        own.update(before)

@@ -4,19 +4,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
-
-_INTERVAL = 0.005  # seconds between two looks at the process's memory
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Cost:
     Args:
         num_parameters: tied ones counted once.
         num_bytes: of its files.
-        peak_memory_bytes: that it takes to generate: of the weights, and of the most that was added to them. On a CPU
-            by the process's resident memory, in which a library may keep what it had before.
+        peak_memory_bytes: that it takes to generate: of the weights, and the most that tensors add to them. What
+            libraries keep for themselves is not in it: on a CPU that depends on what the process did before.
         prefill_tokens_per_second: of a prompt, one sequence.
         decode_tokens_per_second: of new tokens, one sequence.
         num_threads: of the CPU that computed; 0 on another device.
@@ -50,7 +51,9 @@ def measure_cost(
     repeats: int = 3,
     seed: int = 0,
 ) -> Cost:
-    """Generate greedily from a random prompt, several times after a first one; speeds are medians.
+    """Generate greedily from a random prompt, several times after a first one.
+
+    Speeds are the best of them, since whatever else a machine does only slows it down.
 
     Args:
         model: with or without its head; left as it was.
@@ -60,42 +63,36 @@ def measure_cost(
         repeats: that are timed.
         seed: of the prompt.
     """
-    size = _torchtune.model_size(model)
     device = next(model.parameters()).device
-    num_new_tokens = max(1, min(num_new_tokens, size.max_seq_len // 2))
-    prompt_length = max(1, min(prompt_length, size.max_seq_len - num_new_tokens))
-    ids = torch.randint(size.num_rows, (prompt_length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    prefills, decodes = [], []
-    with _peak_memory(device) as grown:
-        for index in range(repeats + 1):
-            times = _time(model, ids, num_new_tokens, device)
-            if index:  # the first one allocates, and chooses kernels
-                prefills.append(times[0])
-                decodes.append(times[1])
-    weights = {
-        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()
-    }
+    num_new_tokens = max(1, min(num_new_tokens, model.max_seq_len // 2))
+    prompt_length = max(1, min(prompt_length, model.max_seq_len - num_new_tokens))
+    num_ids = model.tok_embeddings.num_embeddings
+    ids = torch.randint(num_ids, (prompt_length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    with _torchtune.decoding(model) as decoder:
+        # the first one allocates, chooses kernels, and rounds weights that are rounded when they are used
+        times = [_time(decoder, ids, num_new_tokens, device) for _ in range(repeats + 1)][1:]
+    parameters = list(model.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
     return Cost(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
         num_bytes=num_bytes,
-        peak_memory_bytes=sum(weights.values()) + grown[0],
-        prefill_tokens_per_second=prompt_length / median(prefills),
-        decode_tokens_per_second=num_new_tokens / median(decodes),
+        peak_memory_bytes=weights + _growth(model, ids, num_new_tokens, device),
+        prefill_tokens_per_second=prompt_length / min(prefill for prefill, _ in times),
+        decode_tokens_per_second=num_new_tokens / min(decode for _, decode in times),
         num_threads=torch.get_num_threads() if device.type == "cpu" else 0,
     )
 
 
 def _time(
-    model: TransformerDecoder, prompt: list[int], num_new_tokens: int, device: torch.device
+    decoder: _torchtune.Decoding, prompt: Sequence[int], num_new_tokens: int, device: torch.device
 ) -> tuple[float, float]:
     """Seconds of the prompt, and of the new tokens."""
-    with _torchtune.decoding(model) as decoder:
-        start = _now(device)
-        ids_B = decoder.start([prompt], num_new_tokens).argmax(-1)
-        middle = _now(device)
-        for _ in range(num_new_tokens):
-            ids_B = decoder.step(ids_B).argmax(-1)
-        return middle - start, _now(device) - middle
+    start = _now(device)
+    ids_B = decoder.start([prompt], num_new_tokens).argmax(-1)
+    middle = _now(device)
+    for _ in range(num_new_tokens):
+        ids_B = decoder.step(ids_B).argmax(-1)
+    return middle - start, _now(device) - middle
 
 
 def _now(device: torch.device) -> float:
@@ -104,29 +101,54 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """The bytes that memory grows by while this is entered, known when it is left."""
-    grown = [0.0]
+def _growth(model: TransformerDecoder, prompt: Sequence[int], num_new_tokens: int, device: torch.device) -> int:
+    """The most bytes of tensors that there are at a time while a model generates, beside what was there before."""
+
+    def run() -> None:
+        with _torchtune.decoding(model) as decoder:
+            ids_B = decoder.start([prompt], num_new_tokens).argmax(-1)  # makes room for all new tokens
+            decoder.step(ids_B)
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield grown
-        grown[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    import psutil
+        before = int(torch.cuda.memory_allocated(device))
+        run()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    tally = _Tally()
+    with tally:
+        run()
+    return tally.peak
 
-    process, is_done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
 
-    def watch() -> None:
-        while not is_done.wait(_INTERVAL):
-            grown[0] = max(grown[0], process.memory_info().rss - before)
+class _Tally(TorchDispatchMode):
+    """Counts the bytes of tensors that are made while it is entered, and are still there.
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield grown
-    finally:
-        is_done.set()
-        watcher.join()
+    Attributes:
+        peak: the most that they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._live: dict[int, tuple[int, object]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._count((args, kwargs), is_new=False)  # views of what was there before are made of nothing
+        output = func(*args, **kwargs)
+        self._count(output, is_new=True)
+        self.peak = max(self.peak, self._now)
+        return output
+
+    def _count(self, tree: Any, is_new: bool) -> None:
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)):
+            key = id(storage)
+            if key not in self._live:
+                size = storage.nbytes() if is_new else 0
+                self._live[key] = (size, weakref.ref(storage, partial(self._forget, key)))
+                self._now += size
+
+    def _forget(self, key: int, _: object) -> None:
+        self._now -= self._live.pop(key)[0]

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoders import BUILDERS, PROMPTS, SIZES, TRAINABLE, build
 from torch.nn import functional as F
-from torchtune.models.qwen2 import qwen2
+from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.modules import TransformerDecoder
+from torchtune.training import compile_model
 
 from kd_recipes import _torchtune
-from kd_recipes.compression import QuantizationAwareTraining
 from kd_recipes.errors import ConfigError
 from kd_recipes.evaluation.cost import measure_cost
-from kd_recipes.evaluation.generation import Continuation, generate, text_of
-from kd_recipes.models import llama, lora_llama
-
-V = 61
-SIZES: dict[str, Any] = {
-    "vocab_size": V,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "embed_dim": 32,
-    "intermediate_dim": 64,
-    "max_seq_len": 64,
-}
-LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8}
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14]]
-
-
-def quantized() -> TransformerDecoder:
-    model = llama(**SIZES)
-    QuantizationAwareTraining("int4_g32").attach(model)
-    return model
-
-
-BUILDERS: dict[str, Callable[[], TransformerDecoder]] = {
-    "tied": lambda: llama(**SIZES),
-    "qwen2": lambda: qwen2(**SIZES, tie_word_embeddings=False),
-    "lora": lambda: lora_llama(**SIZES, **LORA),
-    "on a lattice": quantized,
-}
+from kd_recipes.evaluation.generation import Continuation, generate
+from kd_recipes.models import llama
 
 
 @pytest.fixture(params=BUILDERS)
 def model(request: pytest.FixtureRequest) -> TransformerDecoder:
-    torch.manual_seed(3)
-    model = BUILDERS[request.param]()
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger than they are initialized, so that likeliest ids differ
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.2)
-    return model
+    return build(request.param)
 
 
 def without_cache(model: TransformerDecoder, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
@@ -77,6 +47,41 @@ def test_prompts_of_different_lengths_go_on_as_each_alone(model: TransformerDeco
     assert len({text.ids for text in found}) > 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batches_and_order_change_nothing(temperature: float) -> None:
+    model, settings = build("tied"), {"max_new_tokens": 7, "temperature": temperature, "seed": 1}
+    done: list[int] = []
+    alone = generate(model, PROMPTS, **settings, batch_size=1, progress=done.append)
+    assert generate(model, PROMPTS, **settings, batch_size=3, progress=done.append) == alone
+    assert done == [1, 1, 1, 1, 3, 1]
+    assert generate(model, [], **settings) == []
+    if not temperature:
+        assert generate(model, PROMPTS[::-1], **settings) == alone[::-1]
+
+
+def test_gemma2_generates_within_its_window() -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_layers": 4, "head_dim": 8, "sliding_window_size": 16}
+    model, headless = gemma2(**sizes).eval(), gemma2(**sizes).eval()
+    headless.load_state_dict(model.state_dict())
+    head, ids = _torchtune.take_head(headless), [1, 2, 3, 4, 5]  # a whole one caps the wrong numbers
+    with torch.no_grad():
+        for _ in range(11):
+            ids.append(int(head.logits(headless(torch.tensor([ids]))[0, -1:]).compute().argmax()))
+    assert generate(model, [[9], ids[:5]], max_new_tokens=11)[1].ids == tuple(ids[5:])
+    with pytest.raises(ConfigError, match=r"17 positions .* at most 16"):
+        generate(model, [ids[:5]], max_new_tokens=13)
+
+
+def test_a_compiled_model_is_not_compiled_for_each_length() -> None:
+    model = build("tied")
+    expected = generate(model, PROMPTS, max_new_tokens=5)
+    compile_model(model, verbose=False)
+    torch._dynamo.utils.counters.clear()
+    assert generate(model, PROMPTS, max_new_tokens=5) == expected
+    assert not torch._dynamo.utils.counters["stats"]
+
+
 def test_a_model_without_its_head_generates_what_it_would_with_it(model: TransformerDecoder) -> None:
     expected = generate(model, PROMPTS, max_new_tokens=5)
     headless = _torchtune.Headless(model)
@@ -95,7 +100,20 @@ def test_a_stop_id_ends_a_text_and_is_not_in_it(model: TransformerDecoder) -> No
         assert text.is_ended == (len(text.ids) < 8)
 
 
-def test_the_model_trains_on_as_if_nothing_had_happened(model: TransformerDecoder) -> None:
+def test_no_step_follows_the_last_stop() -> None:
+    model, steps = build("tied"), []
+    whole = without_cache(model, [1, 2, 3], 8)
+    model.tok_embeddings.register_forward_hook(lambda *_: steps.append(1))
+    generate(model, [[1, 2, 3]], max_new_tokens=8, stop_ids=[whole[3]])
+    assert len(steps) == whole.index(whole[3]) + 1
+    steps.clear()
+    generate(model, [[1, 2, 3]], max_new_tokens=8)
+    assert len(steps) == 8
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_the_model_trains_on_as_if_nothing_had_happened(name: str) -> None:
+    model = build(name)
     tokens_BS = torch.tensor([PROMPTS[0]])
 
     def gradients() -> list[torch.Tensor]:
@@ -104,11 +122,16 @@ def test_the_model_trains_on_as_if_nothing_had_happened(model: TransformerDecode
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     model.train()
+    model.layers[1].eval()  # as somebody may have it
     before = gradients()
+    attributes = [dict(vars(module)) for module in model.modules()]  # modes and caches among them
+    state, noise = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
     generate(model, PROMPTS, max_new_tokens=4, temperature=1.0)
     measure_cost(model, num_bytes=1, prompt_length=8, num_new_tokens=2, repeats=1)
-    assert model.training
-    assert all(module.training for module in model.modules())
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert not model.caches_are_setup()
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     after = gradients()
     assert len(before) == len(after) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -127,7 +150,7 @@ def test_what_is_drawn_follows_the_distribution_and_the_seed() -> None:
     with torch.no_grad():
         expected_V = 4000 * (model(torch.tensor([[1, 2, 3]]))[0, -1] / 0.7).softmax(-1)
     counts = Counter(text.ids[0] for text in drawn)
-    likely = [id_ for id_ in range(V) if expected_V[id_] >= 5]
+    likely = [id_ for id_ in range(SIZES["vocab_size"]) if expected_V[id_] >= 5]
     assert len(likely) > 5
     chi_square = sum((counts[id_] - float(expected_V[id_])) ** 2 / float(expected_V[id_]) for id_ in likely)
     assert chi_square < len(likely) + 4 * (2 * len(likely)) ** 0.5
@@ -135,33 +158,46 @@ def test_what_is_drawn_follows_the_distribution_and_the_seed() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "settings"),
-    [([[]], {}), ([[1] * 60], {"max_new_tokens": 10}), ([[V]], {}), ([[1]], {"temperature": -1.0})],
+    [([[]], {}), ([[1] * 60], {"max_new_tokens": 10}), ([[SIZES["vocab_size"]]], {}), ([[1]], {"temperature": -1.0})],
 )
 def test_bad_input(prompts: list[list[int]], settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         generate(llama(**SIZES), prompts, **{"max_new_tokens": 4, **settings})
 
 
-def test_cost_counts_a_tied_table_once_and_takes_time() -> None:
-    torch.manual_seed(0)
-    model = llama(**{**SIZES, "embed_dim": 256, "num_layers": 4, "max_seq_len": 512})
-    cost = measure_cost(model, num_bytes=77, prompt_length=256, num_new_tokens=16)
-    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-    assert cost.num_parameters == sum(parameter.numel() for parameter in weights.values())
-    assert cost.num_bytes == 77
-    assert cost.peak_memory_bytes >= 4 * cost.num_parameters
-    assert cost.num_threads == torch.get_num_threads()
-    # 256 positions at a time use a matrix better than one at a time does
-    assert cost.prefill_tokens_per_second > 2 * cost.decode_tokens_per_second > 0
+SPLIT = """
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from decoders import PROMPTS, build
+from kd_recipes.evaluation.generation import generate
+
+distributed.init_process_group("gloo")
+expected = [generate(build("tied"), PROMPTS, max_new_tokens=9, temperature=t) for t in (0.0, 1.0)]
+losses = []
+for is_generating in (False, True):
+    model = build("tied")
+    for module in (*model.layers, model):
+        fully_shard(module)
+    if is_generating:  # before anything else has gathered the weights
+        assert [generate(model, PROMPTS, max_new_tokens=9, temperature=t) for t in (0.0, 1.0)] == expected
+    optimizer, tokens_BS = torch.optim.SGD(model.parameters(), lr=0.1), torch.tensor([PROMPTS[0]])
+    for _ in range(2):
+        loss = F.cross_entropy(model(tokens_BS)[0, :-1], tokens_BS[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if is_generating:
+            generate(model, PROMPTS, max_new_tokens=2)
+assert losses[:2] == losses[2:], losses
+distributed.destroy_process_group()
+"""
 
 
-def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
-    class Known:
-        """Like tiktoken, which raises."""
-
-        def decode(self, ids: list[int]) -> str:
-            return "".join({1: "a", 2: "b"}[one] for one in ids)
-
-    assert text_of(Known(), [1, 2, 1]) == "aba"
-    assert text_of(Known(), [1, 302, 2]) == "ab"
-    assert text_of(Known(), [302]) == text_of(Known(), []) == ""
+def test_a_model_that_is_split_over_processes_generates_and_trains_on(tmp_path: Path) -> None:
+    (tmp_path / "split.py").write_text(f"import sys\nsys.path[:0] = [{str(Path(__file__).parents[1])!r}]\n{SPLIT}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(tmp_path / "split.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
