@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from kd_recipes.batch import IGNORE_INDEX
 from kd_recipes.compression import HFCheckpoint, Step, Text, cross_entropy, form_of, read_checkpoint
-from kd_recipes.compression.checkpoint import RECORD, SECTIONS, add_figures, weight_files
+from kd_recipes.compression.checkpoint import RECORD, SECTIONS, add_figures, file_stamps
 from kd_recipes.compression.step import check_steps
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, gather, within
@@ -195,10 +195,7 @@ def _place(cfg: DictConfig) -> Path:
 
 def _plan(cfg: DictConfig) -> dict[str, Any]:
     """What a run that goes on has in common with the one that was cut off: its settings, and the model's files."""
-    directory = Path(cfg.checkpoint_dir)
-    files = [path for path in (directory / "config.json", *weight_files(directory)) if path.is_file()]
-    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return {"config": OmegaConf.to_container(cfg, resolve=True), "files": stamps}
+    return {"config": OmegaConf.to_container(cfg, resolve=True), "files": file_stamps(Path(cfg.checkpoint_dir))}
 
 
 def _is_begun(cfg: DictConfig) -> bool:

@@ -12,10 +12,11 @@ from omegaconf import DictConfig
 
 from kd_recipes.config import load_and_validate
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.history import CONFIG
 from kd_recipes.parts import load_model
 from kd_recipes.storage import atomic_directory, require_vacant
 from kd_recipes.students import Student
-from kd_recipes.training.checkpoint import CONFIG, WEIGHTS, RunDirectory
+from kd_recipes.training.checkpoint import WEIGHTS, RunDirectory
 from kd_recipes.training.precision import DTYPES
 from kd_recipes.training.sharded import read_tensors
 

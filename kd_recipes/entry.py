@@ -24,8 +24,8 @@ from kd_recipes.errors import ConfigError, Problem, RunError
 RECIPES = ("compress", "distill", "evaluate", "import_gguf", "sweep")
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
-_PARALLEL = ("distill", "evaluate")  # recipes that share their work out to the processes of torchrun
 EXIT_BAD_INPUT = 2
+_PARALLEL = ("distill", "evaluate")  # recipes that share their work out to the processes of torchrun
 
 
 def requested_recipe() -> str | None:

@@ -21,7 +21,7 @@ from torchtune.modules import TransformerDecoder
 
 from kd_recipes.batch import Batch
 from kd_recipes.compression import sections
-from kd_recipes.compression.checkpoint import weight_files
+from kd_recipes.compression.checkpoint import file_stamps
 from kd_recipes.config import Key, is_positive, without_environment
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.evaluation.behaviour import beginnings
@@ -137,8 +137,7 @@ def _evaluate_all(
 def _key(cfg: DictConfig, directory: Path) -> str:
     """Another one where a result would be another one: the settings, and the files of the model."""
     asked = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in ("models", "output_dir")}  # type: ignore[union-attr]
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(directory)]
-    described = json.dumps([asked, str(directory.absolute()), sorted(files)], sort_keys=True)
+    described = json.dumps([asked, str(directory.absolute()), file_stamps(directory)], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FILE = "history.jsonl"
+CONFIG = "run.yaml"  # beside it: the config that made the run
 Split = Literal["train", "held_out", "health", "alert", "samples"]
 
 

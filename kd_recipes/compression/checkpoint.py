@@ -252,6 +252,12 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter"))
 
 
+def file_stamps(directory: Path) -> dict[str, list[int]]:
+    """Size and time of change (ns) of what a model is read from: as good as a checksum for files that nobody forges."""
+    files = [path for path in (directory / "config.json", *weight_files(directory)) if path.is_file()]
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
 def _write_files(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> None:
     files: list[list[str]] = []
     gathered: dict[str, Tensor] = {}

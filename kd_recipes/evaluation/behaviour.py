@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
 from kd_recipes.evaluation.exposure import measure_exposure
-from kd_recipes.evaluation.generation import generate, text_of
+from kd_recipes.evaluation.generation import generate, text_of, with_texts
 from kd_recipes.evaluation.tokens import token_values
 from kd_recipes.signals import DenseSignal
 
@@ -63,7 +64,12 @@ class Behaviour:
     ) -> None:
         self._teacher, self._prompts, self._tokenizer = teacher, prompts, tokenizer
         self._num_ids, self._max_new_tokens, self._seed = num_ids, max_new_tokens, seed
-        self._teacher_texts: list[Generated] | None = None
+
+    @cached_property
+    def _theirs(self) -> tuple[list[Generated], dict[str, float]]:
+        """The teacher's texts and their numbers, made at the first evaluation."""
+        texts = self._texts(self._teacher)
+        return texts, numbers(measure_diversity(texts))
 
     def measure(self, student: Speaker) -> tuple[dict[str, float], dict[str, float], list[dict[str, str]]]:
         """The student's numbers, the teacher's under the same names, and the texts side by side.
@@ -71,17 +77,17 @@ class Behaviour:
         Numbers are those of :class:`Diversity`, and of the student ``exposure_short`` and ``exposure_long``: ExAccErr
         (:mod:`kd_recipes.evaluation.exposure`) at an eighth of the texts' length and at its end.
         """
-        self._teacher_texts = self._teacher_texts or self._texts(self._teacher)
+        teacher_texts, teacher_numbers = self._theirs
         said = self._texts(student)
-        own_NL, others_NL = self._kl(student, said), self._kl(student, self._teacher_texts)
+        own_NL, others_NL = self._kl(student, said), self._kl(student, teacher_texts)
         exposure = measure_exposure(own_NL, others_NL, min_texts=max(1, len(said) // 2))
         lengths = {"exposure_short": max(1, int(_SHORT * self._max_new_tokens)), "exposure_long": self._max_new_tokens}
         grown = {name: exposure.at(length) for name, length in lengths.items()}
         samples = [
             {"prompt": text_of(self._tokenizer, prompt), "teacher": theirs.text, "student": ours.text}
-            for prompt, theirs, ours in zip(self._prompts, self._teacher_texts, said, strict=True)
+            for prompt, theirs, ours in zip(self._prompts, teacher_texts, said, strict=True)
         ]
-        return numbers(measure_diversity(said)) | grown, numbers(measure_diversity(self._teacher_texts)), samples
+        return numbers(measure_diversity(said)) | grown, teacher_numbers, samples
 
     def _texts(self, speaker: Speaker) -> list[Generated]:
         found = generate(
@@ -92,7 +98,7 @@ class Behaviour:
             stop_ids=self._tokenizer.stop_tokens,
             seed=self._seed,
         )
-        return [Generated(text.ids, text_of(self._tokenizer, text.ids), text.is_ended) for text in found]
+        return with_texts(self._tokenizer, found)
 
     @torch.no_grad()
     def _kl(self, student: Speaker, texts: Sequence[Generated]) -> Tensor:

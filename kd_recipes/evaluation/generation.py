@@ -15,6 +15,7 @@ from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.evaluation.diversity import Generated
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ def _check(
             problems.append(Problem(f"prompts[{index}]", f"ids {unknown[:3]}", f"ids from 0 to {num_ids - 1}"))
     if problems:
         raise ConfigError(*problems)
+
+
+def with_texts(tokenizer: Any, continuations: Sequence[Continuation]) -> list[Generated]:
+    """Continuations with what they say."""
+    return [Generated(found.ids, text_of(tokenizer, found.ids), found.is_ended) for found in continuations]
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

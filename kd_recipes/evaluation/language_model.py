@@ -26,8 +26,8 @@ from kd_recipes._torchtune.heads import Head
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.evaluation.branches import TreeBatch, batches, collate, plant
 from kd_recipes.evaluation.generation import generate
+from kd_recipes.evaluation.tokens import MAX_LOGITS
 
-_LOGITS = 2**24  # that exist at a time, in float32
 _MAX_NEW_TOKENS = 256  # where a task does not say; the harness's default
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class DecoderLM(TemplateLM):
         hidden_TD = self._model(batch.tokens_BS, mask=batch.mask_BSS, input_pos=batch.input_pos_BS).flatten(0, 1)
         logits, targets_N = head.logits(hidden_TD[batch.positions_N]), batch.targets_N
         log_p, is_greedy = [], []
-        for rows_n in torch.arange(len(targets_N)).split(max(1, _LOGITS // logits.num_rows)):
+        for rows_n in torch.arange(len(targets_N)).split(max(1, MAX_LOGITS // logits.num_rows)):
             logits_nV, targets_n = logits.compute(rows_n).float(), targets_N[rows_n]
             # log_softmax, which `hf` takes, is wrong by 1e-5 a token on a CPU: it adds up a vocabulary from end to end
             log_p.append(logits_nV.gather(1, targets_n[:, None])[:, 0] - logits_nV.logsumexp(-1))

@@ -16,7 +16,7 @@ from kd_recipes.batch import Batch
 from kd_recipes.compression.checkpoint import read_checkpoint, weight_files
 from kd_recipes.evaluation.cost import measure_cost
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
-from kd_recipes.evaluation.generation import Continuation, generate, text_of
+from kd_recipes.evaluation.generation import generate, text_of, with_texts
 from kd_recipes.evaluation.measure import Numbered, bytes_counter, change, measure_text
 from kd_recipes.evaluation.reference import StoredReference
 from kd_recipes.evaluation.results import ModelResult, Sample
@@ -153,24 +153,23 @@ def _continuations(model: TransformerDecoder, questions: Questions, name: str) -
     """Of each prompt, the likeliest and a drawn one; and how the drawn ones differ."""
     if not questions.prompts:
         return [], None
-    decode, stop_ids = partial(text_of, questions.tokenizer), questions.tokenizer.stop_tokens
 
-    def go_on(temperature: float) -> list[Continuation]:
+    def go_on(temperature: float) -> list[Generated]:
         with tqdm(total=len(questions.prompts), desc=f"{name}: prompts", unit="prompt", leave=False) as progress:
-            return generate(
+            found = generate(
                 model,
                 questions.prompts,
                 max_new_tokens=questions.max_new_tokens,
                 temperature=temperature,
-                stop_ids=stop_ids,
+                stop_ids=questions.tokenizer.stop_tokens,
                 seed=questions.seed,
                 progress=progress.update,
             )
+            return with_texts(questions.tokenizer, found)
 
     likeliest, drawn = go_on(0.0), go_on(1.0)
     samples = [
-        Sample(decode(prompt), decode(greedy.ids), decode(other.ids))
+        Sample(text_of(questions.tokenizer, prompt), greedy.text, other.text)
         for prompt, greedy, other in zip(questions.prompts, likeliest, drawn, strict=True)
     ]
-    said = [Generated(other.ids, decode(other.ids), other.is_ended) for other in drawn]
-    return samples, measure_diversity(said)
+    return samples, measure_diversity(drawn)

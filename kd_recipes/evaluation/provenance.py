@@ -15,10 +15,9 @@ import torch
 from omegaconf import OmegaConf
 
 from kd_recipes.batch import Batch
-from kd_recipes.history import History
+from kd_recipes.history import CONFIG, History
 
 _PACKAGES = ("kd-recipes", "torch", "torchtune", "torchao", "transformers", "lm-eval")
-_RUN_CONFIG = "run.yaml"
 
 
 def runs_of(directories: Mapping[str, Path]) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def runs_of(directories: Mapping[str, Path]) -> dict[str, Any]:
             for split in ("train", "held_out", "health")
         }
         alerts = [{"step": entry.step, **entry.values} for entry in entries if entry.split == "alert"]
-        config = directory.parent / _RUN_CONFIG
+        config = directory.parent / CONFIG
         settings = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
         found[name] = {**curves, "alerts": alerts, "config": settings}
     return found

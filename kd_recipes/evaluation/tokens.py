@@ -13,7 +13,7 @@ from torch import Tensor
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.signals import DenseSignal
 
-_LOGITS = 2**24  # of a model that exist at a time, in float32
+MAX_LOGITS = 2**24  # of a model that exist at a time, in float32
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def token_values(model: DenseSignal, reference: DenseSignal | None, batch: Batch
     labels_T = batch.labels_BS.flatten()
     positions_N = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     parts: list[dict[str, Tensor]] = []
-    for positions_n in positions_N.split(max(1, _LOGITS // num_ids)):
+    for positions_n in positions_N.split(max(1, MAX_LOGITS // num_ids)):
         log_q_nV = _log_softmax(model, positions_n, num_ids)
         labels_n = labels_T[positions_n].to(log_q_nV.device)
         values = _alone(log_q_nV, labels_n)

@@ -68,13 +68,14 @@ class Recorder:
 
         def rewind() -> list[Entry]:
             self._history.rewind(step)
-            return list(self._history.read("health", "train"))
+            health = list(self._history.read("health"))
+            last = health[-1].step if health else 0
+            return health + [entry for entry in self._history.read("train") if entry.step > last]
 
         entries = self._parallel.each(rewind() if self._parallel.is_main else [])[0]
-        evaluated = [entry.step for entry in entries if entry.split == "health"]
-        self._num_evaluations = len(evaluated)
+        self._num_evaluations = sum(entry.split == "health" for entry in entries)
         for entry in entries:
-            if entry.split == "train" and entry.step > max(evaluated, default=0):
+            if entry.split == "train":
                 self._remember(entry.values)
         if self._monitor:
             self._monitor.replay(entries)
@@ -103,7 +104,10 @@ class Recorder:
     def evaluation(self, step: int, held_out: HeldOut, student: Speaker) -> list[Alert]:
         """An evaluation on held-out text; measures and reports what else there is, and returns what is wrong."""
         values = held_out.metrics()
-        self._write(step, "held_out", values, "held_out/")
+        if self._parallel.is_main:
+            self._history.append(step, "held_out", values)
+            log(self._logger, "held_out/", values, step)
+            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v == v))
         if self._monitor is None or self._health is None:
             return []
         texts = (dict[str, float](), dict[str, float](), list[dict[str, str]]())
@@ -134,12 +138,6 @@ class Recorder:
         if samples and self._board:
             self._history.append(step, "samples", {"samples": samples})
             self._board.samples(step, samples)
-
-    def _write(self, step: int, split: Any, values: Mapping[str, float], prefix: str) -> None:
-        if self._parallel.is_main:
-            self._history.append(step, split, values)
-            log(self._logger, prefix, values, step)
-            tqdm.write(f"step {step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v == v))
 
     def adjust(self, settings: Mapping[str, float]) -> dict[str, float]:
         """The objective's ``kd_ratio`` and ``temperature``, after what alerts have done to them."""

@@ -26,11 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.history import CONFIG
 from kd_recipes.storage import atomic_directory, damage, describe_files, explain_disk_errors, write_manifest
 from kd_recipes.training.parallel import Parallel
 from kd_recipes.training.sharded import Staging, is_writable, local_part, write_tensors
 
-CONFIG = "run.yaml"
 _STATE = "state.pt"
 _RESULTS = ("checkpoints", "best", "final")
 

@@ -143,7 +143,7 @@ KEYS = (
     # monitoring
     Key("metric_logger", "component", required=True),
     Key("log_every_n_steps", "int", default=1, wanted="a whole number above 0", check=is_positive),
-    Key("log_peak_memory_stats", "bool", default=False),
+    Key("log_peak_memory_stats", "bool", default=False),  # torchtune's, without effect: memory is always logged
     Key("eval_every_n_steps", "int", wanted="a whole number above 0; only at the ends by default", check=is_positive),
     Key("max_eval_batches", "int", wanted="a whole number above 0; all by default", check=is_positive),
     Key("best_metric", "choice", default="objective", wanted="objective, perplexity or kl", check=_is_best_metric),

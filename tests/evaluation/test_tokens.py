@@ -59,7 +59,7 @@ def oracle(q_TV: Tensor, p_TV: Tensor, batch: Batch) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("chunk", [1, 4, 2**24])
 def test_each_token_is_what_the_definitions_say(batch: Batch, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_LOGITS", chunk * V)
+    monkeypatch.setattr(tokens, "MAX_LOGITS", chunk * V)
     # a padded head of the reference: what is beyond the shared ids counts nothing
     q_TV, p_TV = logits(2), logits(3, V + 5)
     found = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V)
