@@ -67,7 +67,7 @@ class Recorder:
         """Go on after a step; what has been recorded of later ones is forgotten."""
 
         def rewind() -> list[Entry]:
-            self._history.rewind(step)
+            self._history.rewind(step or -1)  # a run that begins anew evaluates step 0 anew
             health = list(self._history.read("health"))
             last = health[-1].step if health else 0
             return health + [entry for entry in self._history.read("train") if entry.step > last]

@@ -122,6 +122,21 @@ def test_it_can_anneal_kd_ratio_and_a_resumed_run_remembers(
     assert of_steps(run, "kd/kd_ratio") == ratios
 
 
+def test_a_run_that_begins_anew_forgets_the_one_that_saved_nothing(
+    settings: dict[str, Any], write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, **{**settings, "max_steps": 1}, resume_from_checkpoint="auto")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").write_text("{}")  # begun, and killed after its first evaluation
+    History(run).append(0, "held_out", {"kl": 7.0})
+    History(run).append(0, "health", {"held_out_kl": 7.0})
+    distill(config)
+    assert [entry.step for entry in History(run).read("held_out")] == [0, 1]
+    assert [entry.step for entry in History(run).read("health")] == [0, 1]
+    assert all(entry.values["kl"] != 7.0 for entry in History(run).read("held_out"))
+
+
 def test_null_watches_over_nothing(settings: dict[str, Any], write_config: WriteConfig, tmp_path: Path) -> None:
     distill(write_config(tmp_path, **{**settings, "health": None, "max_steps": 2}))
     assert not list(History(tmp_path / "run").read("health", "samples"))
