@@ -39,7 +39,7 @@ from kd_recipes.training.data import Loader, accumulate, build_loader, count_ste
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import dtype_name, resolve_dtype
-from kd_recipes.training.preflight import asks_teacher, check_models, preflight
+from kd_recipes.training.preflight import check_models, loads_teacher_model, preflight
 from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import NonFiniteError, Updates, require_finite
@@ -82,7 +82,7 @@ class DistillRecipe(FTRecipeInterface):
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
         self._tokenizer = build("tokenizer", cfg.tokenizer)
-        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if asks_teacher(cfg) else [])])
+        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if loads_teacher_model(cfg) else [])])
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._constraints = Constraints.build("student_constraints", cfg.student_constraints, cfg)
@@ -108,8 +108,11 @@ class DistillRecipe(FTRecipeInterface):
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
         self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
         pair = Pair(cfg, self._dtype, self._device, self._parallel, self._features)
-        self.student, self._teacher = pair.student(self._constraints), pair.teacher()
-        self._meter = StepMeter(self._device, self.student.model, self._teacher and self._teacher.model)
+        source = pair.teacher_source()
+        self.student = pair.student(self._constraints)
+        self._teacher = pair.teacher(source, self._tokenizer, self._num_ids)
+        self._online = self._teacher.online if self._teacher else None
+        self._meter = StepMeter(self._device, self.student.model, self._online and self._online.model)
         self._updates = Updates(
             self.student.trainable(),
             {f"feature_losses.{name}": parameter for name, parameter in self._features.named_parameters()},
@@ -145,11 +148,11 @@ class DistillRecipe(FTRecipeInterface):
             self._run.open(cfg)
             logger.log_config(without_environment(cfg))
         recorder = Recorder(self._run.path, self._parallel, logger, self._health, cfg.teacher_temperature)
-        if self._health is not None and self._teacher is not None and self._eval_loader is not None:
+        if self._health is not None and self._online is not None and self._eval_loader is not None:
             wanted = self._health.num_prompts, self._health.prompt_length
             prompts = self._parallel.each(beginnings(self._eval_loader.batches(), *wanted))
             recorder.behaviour = Behaviour(
-                Speaker(self._teacher.model, self._teacher.signal, self._device),
+                Speaker(self._online.model, self._online.signal, self._device),
                 list(itertools.chain(*prompts))[: self._health.num_prompts],
                 self._tokenizer,
                 num_ids=self._num_ids,
@@ -368,7 +371,7 @@ class DistillRecipe(FTRecipeInterface):
         """Bytes of what stays in memory, by what it is."""
         return {
             "student": num_bytes(self.student.model.parameters()),
-            "teacher": num_bytes(self._teacher.model.parameters() if self._teacher else ()),
+            "teacher": num_bytes(self._online.model.parameters() if self._online else ()),
             "moments, if the optimizer is Adam": 2 * num_bytes(self._updates.parameters.values()),
         }
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from kd_recipes.errors import ConfigError, Problem, within
 from kd_recipes.losses import FeatureTerms
-from kd_recipes.parts import CHECKPOINTERS, Loaded, load_model
+from kd_recipes.parts import Loaded, build, load_model
 from kd_recipes.students import Constraints, Student
-from kd_recipes.teachers import OnlineTeacher
+from kd_recipes.teachers import OnlineTeacher, Surroundings, Teacher, TeacherSource
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, resolve_dtype
-from kd_recipes.training.preflight import asks_teacher
+from kd_recipes.training.preflight import asks_teacher, loads_teacher_model
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Pair:
         cfg = self.cfg
         is_split = self.parallel.world_size > 1
         dtype = torch.float32 if is_split and cfg.master_weights else self.dtype  # FSDP computes in the one asked for
-        loaded = self._load("model", dtype, self.device, is_split)
+        loaded = self._load("model", cfg.model, cfg.checkpointer, dtype, self.device, is_split)
         student = Student(
             loaded.model,
             cfg.model,
@@ -55,26 +57,66 @@ class Pair:
         self.parallel.shard(student.model, self._sharding(self.dtype))
         return student
 
-    def teacher(self) -> OnlineTeacher | None:
-        """The teacher; None where nothing asks for one."""
-        cfg = self.cfg
-        if not asks_teacher(cfg):
+    def teacher_source(self) -> TeacherSource | None:
+        """What a ``teacher:`` section describes, compared with the config; None where there is none or no use for it.
+
+        Raises:
+            ConfigError: it is no such section, or does not suit the config.
+        """
+        section = self.cfg.teacher
+        if section is None or not asks_teacher(self.cfg):
             return None
-        device = local_device(cfg.teacher_device or cfg.device)
-        dtype = self.parallel.each(resolve_dtype(cfg.teacher_dtype or cfg.dtype, device))[0]
+        source = within("teacher", lambda: build("teacher", section))
+        if not isinstance(source, TeacherSource):
+            raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
+        problems = [replace(problem, key=f"teacher{problem.key}") for problem in source.problems(self.cfg)]
+        if problems:
+            raise ConfigError(*problems)
+        return source
+
+    def teacher(self, source: TeacherSource | None, tokenizer: Any, num_ids: int) -> Teacher | None:
+        """The teacher; None where nothing asks for one.
+
+        Args:
+            source: that it comes from; None for ``teacher_model``.
+            tokenizer: of torchtune's protocol.
+            num_ids: ids that the student has, without padding.
+        """
+        if source is not None:
+            return source.open(Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher))
+        if not loads_teacher_model(self.cfg):
+            return None
+        section = {"model": self.cfg.teacher_model, "checkpointer": self.cfg.teacher_checkpointer}
+        return self._load_teacher("teacher_model", DictConfig(section))
+
+    def _load_teacher(self, key: str, section: DictConfig) -> OnlineTeacher:
+        """A teacher that runs beside the student: see :class:`~kd_recipes.teachers.Surroundings`."""
+        cfg = self.cfg
+        device = local_device(section.get("device") or cfg.teacher_device or cfg.device)
+        wanted = section.get("dtype") or cfg.teacher_dtype or cfg.dtype
+        dtype = self.parallel.each(resolve_dtype(wanted, device))[0]
         is_split = self.parallel.world_size > 1 and cfg.shard_teacher
-        loaded = self._load("teacher_model", dtype, device, is_split)
+        loaded = self._load(key, section.model, section.checkpointer, dtype, device, is_split)
         teacher = OnlineTeacher(loaded.model, device, self.features.teacher_taps, compile_blocks=cfg.compile)
         if is_split:
             # without a backward pass, blocks that are not given back after the forward pass never are
             self.parallel.shard(teacher.model, replace(self._sharding(dtype), reshard_after_forward=True))
         return teacher
 
-    def _load(self, key: str, dtype: torch.dtype, device: torch.device, is_split: bool) -> Loaded:
+    def _load(
+        self,
+        key: str,
+        model: DictConfig,
+        checkpointer: DictConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_split: bool,
+    ) -> Loaded:
         """A model with its weights; one that is to be split is in the main process's host memory alone."""
-        sections = (self.cfg[key], self.cfg[CHECKPOINTERS[key]])
         device = torch.device("cpu") if is_split else device
-        return load_model(key, *sections, dtype=dtype, device=device, is_main=self.parallel.is_main or not is_split)
+        return load_model(
+            key, model, checkpointer, dtype=dtype, device=device, is_main=self.parallel.is_main or not is_split
+        )
 
     def _sharding(self, dtype: torch.dtype) -> Sharding:
         cfg = self.cfg

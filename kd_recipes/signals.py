@@ -162,3 +162,6 @@ class SparseSignal:
         # not 1 - sum(p): that has no digits left where the k ids hold nearly everything
         log_tail_T = log_p_TV.scatter(1, ids_TK, -torch.inf).logsumexp(-1)
         return cls(ids_TK, log_p_TK, log_tail_T, temperature)
+
+
+Signal = DenseSignal | SparseSignal

@@ -13,7 +13,7 @@ from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.evaluation.calibration import Reliability
 from kd_recipes.evaluation.tokens import token_values
-from kd_recipes.signals import DenseSignal
+from kd_recipes.signals import DenseSignal, Signal
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class HeldOut:
 
 def evaluate_held_out(
     model: Callable[[Batch], DenseSignal],
-    signal: Callable[[Batch], DenseSignal] | None,
+    signal: Callable[[Batch], Signal] | None,
     batches: Iterable[Batch],
     num_ids: int,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.batch import IGNORE_INDEX, Batch
-from kd_recipes.signals import DenseSignal
+from kd_recipes.signals import DenseSignal, Signal
 
 MAX_LOGITS = 2**24  # of a model that exist at a time, in float32
 
@@ -35,7 +35,7 @@ class TokenValues:
 
 
 @torch.no_grad()
-def token_values(model: DenseSignal, reference: DenseSignal | None, batch: Batch, *, num_ids: int) -> TokenValues:
+def token_values(model: DenseSignal, reference: Signal | None, batch: Batch, *, num_ids: int) -> TokenValues:
     """Compare a model with a batch's labels, and with a reference; logits exist for some tokens at a time.
 
     Args:
@@ -52,6 +52,7 @@ def token_values(model: DenseSignal, reference: DenseSignal | None, batch: Batch
         labels_n = labels_T[positions_n].to(log_q_nV.device)
         values = _alone(log_q_nV, labels_n)
         if reference is not None:
+            assert isinstance(reference, DenseSignal)
             log_p_nV = _log_softmax(reference, positions_n, num_ids).to(log_q_nV.device)
             values |= {f"reference_{name}": value for name, value in _alone(log_p_nV, labels_n).items()}
             values |= _beside(log_q_nV, log_p_nV)

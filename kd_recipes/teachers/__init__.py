@@ -1,5 +1,6 @@
 """Teachers: from a batch to a signal."""
 
 from kd_recipes.teachers.online import OnlineTeacher
+from kd_recipes.teachers.teacher import Surroundings, Teacher, TeacherSource
 
-__all__ = ["OnlineTeacher"]
+__all__ = ["OnlineTeacher", "Surroundings", "Teacher", "TeacherSource"]

@@ -35,6 +35,11 @@ class OnlineTeacher:
         self._device = device
         self.num_rows = _torchtune.model_size(model).num_rows
 
+    @property
+    def online(self) -> OnlineTeacher:
+        """Itself: see :class:`~kd_recipes.teachers.Teacher`."""
+        return self
+
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at each position; it stays on the teacher's device until the loss asks for it."""

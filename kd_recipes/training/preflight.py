@@ -142,7 +142,13 @@ def _vocab_json(file: Path) -> dict[str, int]:
 
 def asks_teacher(cfg: DictConfig) -> bool:
     """Whether the run has a use for its teacher: in the objective, or to be compared with on held-out data."""
-    return cfg.teacher_model is not None and (_needs_teacher(cfg) or cfg.eval_dataset is not None)
+    has_teacher = cfg.teacher is not None or cfg.teacher_model is not None
+    return has_teacher and (_needs_teacher(cfg) or cfg.eval_dataset is not None)
+
+
+def loads_teacher_model(cfg: DictConfig) -> bool:
+    """Whether the teacher is ``teacher_model``, which a ``teacher`` section takes the place of."""
+    return cfg.teacher is None and asks_teacher(cfg)
 
 
 def _needs_teacher(cfg: DictConfig) -> bool:
@@ -150,7 +156,7 @@ def _needs_teacher(cfg: DictConfig) -> bool:
 
 
 def _checkpointers(cfg: DictConfig) -> list[str]:
-    keys = CHECKPOINTERS.values() if asks_teacher(cfg) else ["checkpointer"]
+    keys = CHECKPOINTERS.values() if loads_teacher_model(cfg) else ["checkpointer"]
     return [key for key in keys if cfg[key] is not None]
 
 
@@ -195,6 +201,11 @@ def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
 
 
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
+    if cfg.teacher is not None:
+        if cfg.feature_losses is not None:
+            wanted = "none with a `teacher` section, of which logits alone are known"
+            yield Problem("feature_losses", "given", wanted, "Name the teacher as teacher_model")
+        return
     parts = ("teacher_model", "teacher_checkpointer")
     absent = [part for part in parts if cfg[part] is None]
     reason, remedy = f"kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"

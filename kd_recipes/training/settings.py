@@ -32,6 +32,11 @@ KEYS = (
     Key("checkpointer", "component", required=True),
     Key("teacher_model", "component"),
     Key("teacher_checkpointer", "component"),
+    Key(
+        "teacher",
+        "component",
+        wanted="a teacher in the place of teacher_model, of kd_recipes.teachers",
+    ),
     Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=is_dtype_name),
     Key("teacher_device", "str", wanted="a device; the student's by default"),
     Key(

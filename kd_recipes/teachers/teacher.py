@@ -1,0 +1,67 @@
+"""What a distillation asks of its teacher, and what a ``teacher:`` section describes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from omegaconf import DictConfig
+
+from kd_recipes.batch import Batch
+from kd_recipes.errors import Problem
+from kd_recipes.signals import Signal
+from kd_recipes.teachers.online import OnlineTeacher
+
+
+class Teacher(Protocol):
+    """From a batch to what the teacher says of it."""
+
+    @property
+    def online(self) -> OnlineTeacher | None:
+        """The model that writes texts, and whose memory and operations are counted; None where no one model is here."""
+
+    def signal(self, batch: Batch) -> Signal:
+        """The teacher's distribution at each position that has a label.
+
+        Args:
+            batch: on the student's device.
+        """
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a teacher is opened with.
+
+    Args:
+        cfg: of the distillation.
+        tokenizer: of torchtune's protocol.
+        num_ids: ids that the student has, without the padding of its vocabulary.
+        device: of the student.
+        load: loads a model: (its key for messages, a section of ``model``, ``checkpointer`` and, where they are not to
+            be those of the config, ``dtype``, ``device`` and ``quantization``) -> a teacher that runs here.
+    """
+
+    cfg: DictConfig
+    tokenizer: object
+    num_ids: int
+    device: torch.device
+    load: Callable[[str, DictConfig], OnlineTeacher]
+
+
+class TeacherSource(ABC):
+    """A teacher that a ``teacher:`` section describes, in the place of ``teacher_model``. Building it is cheap."""
+
+    @abstractmethod
+    def problems(self, cfg: DictConfig) -> Iterable[Problem]:
+        """What is wrong with it in a distillation of this config, before anything is loaded; keys begin with a dot."""
+
+    @abstractmethod
+    def open(self, around: Surroundings) -> Teacher:
+        """Make it ready to be asked.
+
+        Raises:
+            ConfigError: it cannot be.
+        """
