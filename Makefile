@@ -28,7 +28,7 @@ quickstart: $(STAMP)  ## compress and distil a real model on a CPU, and see what
 	$(BIN)/python -m kd_recipes.quickstart
 
 test: $(STAMP)  ## run the tests (offline, on a CPU)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/ruff check .
