@@ -39,7 +39,7 @@ from kd_recipes.training.data import Loader, accumulate, build_loader, count_ste
 from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import dtype_name, resolve_dtype
-from kd_recipes.training.preflight import check_models, loads_teacher_model, preflight
+from kd_recipes.training.preflight import check_models, loads_teacher_model, needs_teacher, preflight
 from kd_recipes.training.schedules import Schedule
 from kd_recipes.training.settings import KEYS
 from kd_recipes.training.step import NonFiniteError, Updates, require_finite
@@ -112,7 +112,8 @@ class DistillRecipe(FTRecipeInterface):
         self.student = pair.student(self._constraints)
         self._teacher = pair.teacher(source, self._tokenizer, self._num_ids)
         self._online = self._teacher.online if self._teacher else None
-        self._meter = StepMeter(self._device, self.student.model, self._online and self._online.model)
+        asked = self._online.model if self._online and needs_teacher(cfg) else None
+        self._meter = StepMeter(self._device, self.student.model, asked)
         self._updates = Updates(
             self.student.trainable(),
             {f"feature_losses.{name}": parameter for name, parameter in self._features.named_parameters()},
@@ -303,12 +304,11 @@ class DistillRecipe(FTRecipeInterface):
 
     def _act(self, alerts: list[Alert]) -> None:
         """What ``health.action`` says, besides what the recorder does to the objective."""
-        assert self._health is not None
         signals = ", ".join(alert.signal for alert in alerts)
-        if self._health.action == "stop":
+        if self._recorder.action == "stop":
             self._is_stopped = True
             tqdm.write(f"step {self.step}: stopped by health.action, for {signals}")
-        if self._health.action == "restore_best":
+        if self._recorder.action == "restore_best":
             directory, state = self._parallel.on_main(self._best_state.load)
             self._updates.restore(directory, state, self._parallel)
             tqdm.write(f"step {self.step}: going on from the student of {directory.name}, for {signals}")

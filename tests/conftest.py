@@ -11,7 +11,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on more threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
-os.environ["KD_RECIPES_TRUSTED_COMPONENTS"] = "*"  # the toys are in no package; tests/test_trust.py is without it
+os.environ["KD_RECIPES_TRUSTED_COMPONENTS"] = (
+    "*"  # the toys are in no package; test_attacks.py and test_sweep.py are without it
+)
 
 from families import Family, save_families
 

@@ -11,7 +11,15 @@ from kd_recipes.errors import ConfigError, Problem
 
 Action = Literal["warn", "stop", "restore_best", "anneal_kd_ratio", "raise_temperature"]
 
-_COUNTS = ("persistence", "every_n_evaluations", "num_prompts", "prompt_length", "max_new_tokens", "min_ended_texts")
+_COUNTS = (
+    "persistence",
+    "max_restores",
+    "every_n_evaluations",
+    "num_prompts",
+    "prompt_length",
+    "max_new_tokens",
+    "min_ended_texts",
+)
 _SHARES = ("min_distinct_2", "max_agreement_drop", "max_length_change", "max_ended_change", "kd_ratio_factor")
 _RANGES = {**dict.fromkeys(_SHARES, (0.0, 1.0)), "temperature_factor": (1.0, math.inf)}
 
@@ -23,6 +31,7 @@ class Health:
     Args:
         action: at an alert, besides the warning: ``stop``; ``restore_best``, go on from the best student;
             ``anneal_kd_ratio`` or ``raise_temperature``, by the factors below.
+        max_restores: of ``restore_best``; the alert after the last of them stops the run.
         persistence: evaluations in a row beyond a limit before it is an alert.
         every_n_evaluations: how often texts are generated, which costs more than the rest.
         num_prompts: that teacher and student continue.
@@ -56,6 +65,7 @@ class Health:
     """
 
     action: Action = "warn"
+    max_restores: int = 3
     persistence: int = 2
     every_n_evaluations: int = 1
     num_prompts: int = 16

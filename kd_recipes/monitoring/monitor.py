@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from kd_recipes.history import Entry
-from kd_recipes.monitoring.health import Health
+from kd_recipes.monitoring.health import Action, Health
 from kd_recipes.monitoring.symptoms import SYMPTOMS, Reading, Symptom, Vitals
 
 
@@ -83,6 +83,12 @@ class HealthMonitor:
         now = asdict(self._past[-1][1])
         beside = {name: now[name] for s in SYMPTOMS if (name := f"teacher_{s.name}") in now}
         return {**beside, **{s.name: s.at(self._health, self._past).value for s in SYMPTOMS}}
+
+    @property
+    def action(self) -> Action:
+        """What is to be done at the latest alert."""
+        is_exhausted = self._num_interventions > self._health.max_restores
+        return "stop" if self._health.action == "restore_best" and is_exhausted else self._health.action
 
     def adjust(self, settings: Mapping[str, float]) -> dict[str, float]:
         """The objective's ``kd_ratio`` and ``temperature`` after what ``action`` has done to them so far."""

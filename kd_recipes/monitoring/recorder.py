@@ -16,7 +16,7 @@ from kd_recipes.evaluation.behaviour import Behaviour, Speaker
 from kd_recipes.evaluation.held_out import HeldOut
 from kd_recipes.history import Entry, History
 from kd_recipes.monitoring.board import Board
-from kd_recipes.monitoring.health import Health
+from kd_recipes.monitoring.health import Action, Health
 from kd_recipes.monitoring.metrics import log
 from kd_recipes.monitoring.monitor import Alert, HealthMonitor
 from kd_recipes.monitoring.symptoms import Vitals
@@ -138,6 +138,11 @@ class Recorder:
         if samples and self._board:
             self._history.append(step, "samples", {"samples": samples})
             self._board.samples(step, samples)
+
+    @property
+    def action(self) -> Action:
+        """What is to be done at the latest alert, besides adjusting the objective."""
+        return self._monitor.action if self._monitor else "warn"
 
     def adjust(self, settings: Mapping[str, float]) -> dict[str, float]:
         """The objective's ``kd_ratio`` and ``temperature``, after what alerts have done to them."""

@@ -143,7 +143,7 @@ def _vocab_json(file: Path) -> dict[str, int]:
 def asks_teacher(cfg: DictConfig) -> bool:
     """Whether the run has a use for its teacher: in the objective, or to be compared with on held-out data."""
     has_teacher = cfg.teacher is not None or cfg.teacher_model is not None
-    return has_teacher and (_needs_teacher(cfg) or cfg.eval_dataset is not None)
+    return has_teacher and (needs_teacher(cfg) or cfg.eval_dataset is not None)
 
 
 def loads_teacher_model(cfg: DictConfig) -> bool:
@@ -151,7 +151,8 @@ def loads_teacher_model(cfg: DictConfig) -> bool:
     return cfg.teacher is None and asks_teacher(cfg)
 
 
-def _needs_teacher(cfg: DictConfig) -> bool:
+def needs_teacher(cfg: DictConfig) -> bool:
+    """Whether a step asks the teacher."""
     return Schedule.of(cfg.kd_ratio).largest > 0 or cfg.feature_losses is not None
 
 
@@ -211,7 +212,7 @@ def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
     reason, remedy = f"kd_ratio is {cfg.kd_ratio}", "kd_ratio=0 trains on labels alone"
     if cfg.feature_losses is not None:
         reason, remedy = "feature_losses compare the student with it", f"Leave them out; {remedy}"
-    if _needs_teacher(cfg) or len(absent) == 1:
+    if needs_teacher(cfg) or len(absent) == 1:
         for part in absent:
             yield Problem(part, None, f"a teacher, since {reason}", remedy)
 
@@ -349,7 +350,7 @@ def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
 
 def _bytes_to_write(cfg: DictConfig) -> int:
     """What a run needs at least: one export, two with held-out evaluation; the checkpoints kept, and one more, since
-    an old one goes when the new one is whole."""
+    an old one goes when the new one is whole; the best student's state, where `health` may go back to it."""
     if "checkpoint_dir" not in cfg.checkpointer:
         return 0
     sizes = [path.stat().st_size for path in checkpoint_files(cfg.checkpointer)]
@@ -358,6 +359,8 @@ def _bytes_to_write(cfg: DictConfig) -> int:
         return exports
     num_parameters = sum(math.prod(spec.shape) for spec in _specs(cfg.checkpointer).values())
     num_checkpoints = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
+    if cfg.eval_dataset is not None and (cfg.health or {}).get("action") == "restore_best":
+        num_checkpoints += 2  # the best student's state, and a better one's before the old one goes
     return exports + num_parameters * _checkpoint_bytes(cfg) * num_checkpoints
 
 

@@ -98,6 +98,18 @@ def test_it_can_go_back_to_the_best_student(
     assert list(of_steps(run, "optimizer/lr")) == list(range(1, 65))  # the steps go on
 
 
+def test_it_does_not_go_back_for_ever(
+    collapsing: dict[str, Any], write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    collapsing["health"] |= {"action": "restore_best", "max_restores": 1}
+    recipe = distill(write_config(tmp_path, **collapsing, best_metric="perplexity"))
+    alarms = sorted({entry.step for entry in History(tmp_path / "run").read("alert")})
+    assert recipe.step == alarms[1] < 64
+    said = capfd.readouterr()
+    assert "going on from the student" in said.out + said.err
+    assert "stopped by health.action" in said.out + said.err
+
+
 def test_it_can_anneal_kd_ratio_and_a_resumed_run_remembers(
     collapsing: dict[str, Any], write_config: WriteConfig, tmp_path: Path
 ) -> None:
