@@ -104,6 +104,8 @@ class Writer:
         try:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._index.close()
+            self._data.close()
             wanted = "a cache that no other process is writing to"
             raise ConfigError(Problem("teacher.path", str(directory), wanted, "Wait for it, or stop it")) from error
 
@@ -177,8 +179,8 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """Of all records."""
-        return sum(entry.size for entry in self._entries.values())
+        """Of all records and their lines."""
+        return sum(entry.size + _LINE.itemsize for entry in self._entries.values())
 
     @property
     def num_positions(self) -> int:
