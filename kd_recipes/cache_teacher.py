@@ -44,7 +44,7 @@ from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.faults import explain_memory
 from kd_recipes.training.order import Rows
 from kd_recipes.training.parallel import Parallel, local_device
-from kd_recipes.training.precision import dtype_name, resolve_dtype
+from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_models, check_teacher
 
 _REQUIRED = ("teacher", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset", "batch_size")
@@ -87,8 +87,7 @@ class _Job:
         return chain.from_iterable(loader.batches() for loader in self.loaders.values())
 
     def teacher(self) -> OnlineTeacher:
-        device = self.parallel.device
-        dtype = self.parallel.each(resolve_dtype(self.cfg.dtype, device))[0]
+        device, dtype = self.parallel.device, DTYPES[self.cfg.teacher_dtype]
         teacher = Pair(self.cfg, dtype, device, self.parallel, FeatureTerms({})).teacher(
             None, self.tokenizer, self.num_ids
         )
@@ -116,7 +115,7 @@ def main(cfg: DictConfig) -> None:
             max_seq_len, num_ids = sizes[0].max_seq_len, min(size.num_rows for size in sizes)
             loaders = {key: _loader(found, key, tokenizer, parallel, max_seq_len) for key in _data(cfg)}
             job = _Job(found, source, parallel, tokenizer, loaders, num_ids)
-            parallel.on_main(lambda: _settle(job))
+            found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype
             teacher = _write(job)
             if cfg.check:
                 _check(job, teacher or job.teacher())
@@ -141,8 +140,8 @@ def _loader(cfg: DictConfig, key: str, tokenizer: Any, parallel: Parallel, max_s
     )
 
 
-def _settle(job: _Job) -> None:
-    """Write down what the cache is of, or compare it with what is there."""
+def _settle(job: _Job) -> Identity:
+    """What the cache is of, written down, or compared with what is there."""
     cfg, directory = job.cfg, job.path
     there = within("teacher", lambda: Identity.load(directory))
     encoding = job.source.encoding.settings() if job.source.encoding else there.encoding if there else None
@@ -161,11 +160,13 @@ def _settle(job: _Job) -> None:
         new = replace(there, temperature=softened.pop(), num_ids=num_ids, encoding=encoding, dtype=dtype)
         if problems := [*setting_problems(there, new), *differences(there, cfg, directory)]:
             raise ConfigError(*problems)
-        return
+        return there
     digest, tokens = hash_tokens(cfg.tokenizer)
     weights, stamps = hash_weights(cfg.teacher_checkpointer)
     model = plain(cfg.teacher_model)
-    Identity(model, weights, stamps, digest, softened.pop(), job.num_ids, encoding, dtype).save(directory, tokens)
+    identity = Identity(model, weights, stamps, digest, softened.pop(), job.num_ids, encoding, dtype)
+    identity.save(directory, tokens)
+    return identity
 
 
 def _write(job: _Job) -> OnlineTeacher | None:
@@ -181,7 +182,6 @@ def _write(job: _Job) -> OnlineTeacher | None:
     identity = Identity.load(job.path)
     assert identity is not None
     writer = Writer(job.path, parallel.rank)
-    job.cfg.teacher_dtype = identity.dtype
     teacher = job.teacher()
     encoding = job.source.encoding or encoding_of(identity.encoding)
     with tqdm(total=missing.num_tokens, unit="tok", desc="cache", disable=not parallel.is_main) as progress:

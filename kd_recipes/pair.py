@@ -75,11 +75,12 @@ class Pair:
         source = within("teacher", lambda: build("teacher", section))
         if not isinstance(source, TeacherSource):
             raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
-        problems = [*source.problems(self.cfg)] or [*self._missing(source, data)]
-        if problems:
-            whole = (replace(p, key=f"teacher{p.key}") if p.key.startswith(".") else p for p in problems)
-            raise ConfigError(*whole)
+        within("teacher", lambda: self._compare(source, data))
         return source
+
+    def _compare(self, source: TeacherSource, data: Mapping[str, Loader | None]) -> None:
+        if problems := [*source.problems(self.cfg)] or [*self._missing(source, data)]:
+            raise ConfigError(*problems)
 
     def _missing(self, source: TeacherSource, data: Mapping[str, Loader | None]) -> Iterator[Problem]:
         for key, loader in data.items():

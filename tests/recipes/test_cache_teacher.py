@@ -47,7 +47,7 @@ def _fill(config: Path, *overrides: str) -> None:
 
 def _content(path: Path) -> dict[bytes, bytes]:
     store = Store(path)
-    return {key: bytes(store.read(entry)) for key in store.keys() if (entry := store.find(key))}
+    return {key: bytes(store.read(entry)) for key in store if (entry := store.find(key))}
 
 
 def test_distils_as_from_the_teacher_itself(cached: Fill, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run(config: str, path: Path, seconds: float | None = None) -> bool:
 def content(path: Path) -> dict[bytes, bytes]:
     """The records by key; no key has two."""
     store = Store(path)
-    entries = {key: store.find(key) for key in store.keys()}
+    entries = {key: store.find(key) for key in store}
     records = {key: bytes(store.read(entry)) for key, entry in entries.items() if entry is not None}
     num_bytes = sum(file.stat().st_size for file in path.glob("part-*.data"))
     assert num_bytes == sum(map(len, records.values())), "something was written twice"

@@ -122,7 +122,7 @@ def test_what_was_not_committed_is_cut_off_and_the_rest_is_not_written_again(tmp
         index.write_bytes(whole[1] + rest)
         if len(rest) > 44:
             index.write_bytes(whole[1] + rest[44:])
-        assert set(Store(tmp_path).keys()) == {b"a" * 16, b"b" * 16}
+        assert set(Store(tmp_path)) == {b"a" * 16, b"b" * 16}
         _write(tmp_path, 0)
         assert (data.read_bytes(), index.read_bytes()) == whole
     _write(tmp_path, 1, "c")

@@ -187,8 +187,8 @@ class Store:
         """Of all records."""
         return sum(entry.num_positions for entry in self._entries.values())
 
-    def keys(self) -> Iterator[bytes]:
-        """In no order."""
+    def __iter__(self) -> Iterator[bytes]:
+        """The keys, in no order."""
         return iter(self._entries)
 
     def find(self, key: bytes) -> Entry | None:
