@@ -102,7 +102,7 @@ class Pair:
             teacher = source.open(Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher))
             is_watched = self.cfg.health is not None and self.cfg.eval_dataset is not None
             if teacher.online is None and is_watched and self.parallel.is_main:
-                print("health: no one model is the teacher here that could write texts: what they tell is not watched")
+                print("health: no teacher model is loaded that could write texts, so what texts tell is not watched")
             return teacher
         if not loads_teacher_model(self.cfg):
             return None

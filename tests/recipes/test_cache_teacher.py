@@ -148,7 +148,7 @@ def test_through_the_command_line(cached: Fill, tmp_path: Path) -> None:
     assert re.search(r"434 tokens to ask about: some .* MB .* and .* minutes", done.stdout + done.stderr)
     done = run_tune("run", "kd_recipes.distill", "--config", str(config), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("what they tell is not watched") == 1
+    assert done.stdout.count("what texts tell is not watched") == 1
 
 
 def test_a_flipped_bit_is_found(cached: Fill, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +242,14 @@ def test_no_room_on_the_disk_is_known_after_the_first_batch(
     assert run_recipe("cache_teacher", ["--config", str(config), f"teacher.path={directory}/cache"]) == EXIT_BAD_INPUT
     assert "teacher.path: got" in capfd.readouterr().err
     assert os.path.getsize(directory / "cache" / "part-00000.data") == 0
+
+
+def test_nothing_else_is_written_into(cached: Fill, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "mine.txt").write_text("mine")
+    assert run_recipe("cache_teacher", ["--config", str(cached())]) == EXIT_BAD_INPUT
+    assert "teacher.path: got" in capfd.readouterr().err
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
 def test_a_cache_needs_to_be_told_how(cached: Fill, capfd: pytest.CaptureFixture[str]) -> None:

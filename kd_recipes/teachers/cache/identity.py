@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.compression.checkpoint import file_stamps, weight_files
 from kd_recipes.errors import ConfigError, Problem, one_line
-from kd_recipes.storage import describe_files, write_json
+from kd_recipes.storage import atomic_directory, describe_files, require_vacant, write_json
 from kd_recipes.tokenizers import token_ids
 
 FORMAT = 1
@@ -48,12 +48,15 @@ class Identity:
     format: int = FORMAT
 
     def save(self, directory: Path, tokens: Mapping[str, int]) -> None:
-        """Write it, and the map from tokens to ids, to a cache that has none yet."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / _TOKENS, tokens)
-        temporary = directory / f".{_FILE}"
-        write_json(temporary, asdict(self))
-        temporary.rename(directory / _FILE)
+        """Begin a cache with it, and with the map from tokens to ids.
+
+        Raises:
+            ConfigError: there is something else in the directory.
+        """
+        require_vacant(directory, key="teacher.path")
+        with atomic_directory(directory) as temporary:
+            write_json(temporary / _TOKENS, tokens)
+            write_json(temporary / _FILE, asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> Identity | None:
