@@ -19,16 +19,25 @@ from kd_recipes.teachers.cache import fill
 from kd_recipes.teachers.cache.store import Store
 
 
-def run(config: str, path: Path, seconds: float | None = None) -> bool:
-    """Whether a run came to its end before so many seconds had passed."""
+def start(config: str, path: Path) -> int:
+    """A process that fills the cache."""
     child = os.fork()
     if not child:
         fill._COMMIT_SECONDS = 0.0  # so that there are many moments to be killed at
         os._exit(run_recipe("cache_teacher", ["--config", config, f"teacher.path={path}"]))
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == 0
+    return child
+
+
+def kill(child: int, index: Path, seconds: float) -> None:
+    """Kill a process so long after it has written something."""
+    before = index.stat().st_size if index.exists() else 0
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if index.exists() and index.stat().st_size > before:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+        time.sleep(1e-4)
 
 
 def content(path: Path) -> dict[bytes, bytes]:
@@ -42,18 +51,16 @@ def content(path: Path) -> dict[bytes, bytes]:
 
 
 def main(config: str, num_kills: int) -> None:
-    """Print how many of the runs were killed while they wrote."""
+    """Print how many records there were after each kill."""
     unbroken, killed = (Path(config).with_name(name) for name in ("unbroken", "killed"))
-    started = time.monotonic()
-    assert run(config, unbroken)
-    whole = time.monotonic() - started
-    moments, sizes = random.Random(0), set()
+    assert os.waitpid(start(config, unbroken), 0)[1] == 0
+    moments, sizes = random.Random(0), []
     for _ in range(num_kills):
-        run(config, killed, moments.uniform(0, whole))
-        sizes.add(len(Store(killed)))
-    assert run(config, killed)
+        kill(start(config, killed), killed / "part-00000.index", moments.uniform(0, 0.02))
+        sizes.append(len(Store(killed)))
+    assert os.waitpid(start(config, killed), 0)[1] == 0
     assert content(killed) == content(unbroken)
-    print(f"killed with {sorted(sizes)} of {len(content(unbroken))} records written")
+    print(f"killed with {sizes} of {len(content(unbroken))} records written")
 
 
 if __name__ == "__main__":

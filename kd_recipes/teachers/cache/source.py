@@ -97,7 +97,8 @@ class CachedTeacher(TeacherSource):
         kd_loss = build_divergence("kd_loss", cfg.kd_loss) or ForwardKL()
         if isinstance(kd_loss, nn.Module):
             wanted = "a divergence of kd_recipes.losses: torchtune's need all of a teacher's logits"
-            yield Problem("kd_loss", type(kd_loss).__name__, wanted, "kd_recipes.losses.ForwardKL is theirs, at zero")
+            remedy = "kd_recipes.losses.ForwardKL has the gradient of theirs"
+            yield Problem("kd_loss", type(kd_loss).__name__, wanted, remedy)
         elif isinstance(kd_loss, Divergence) and not kd_loss.is_estimable and self._layout.is_drawn:
             wanted = "ForwardKL, which alone can be estimated from ids that were drawn"
             yield Problem("kd_loss", type(kd_loss).__name__, wanted, "A cache of TopK takes the others")

@@ -34,7 +34,7 @@ _LINE = np.dtype(
 _LINE_BODY = _LINE.itemsize - 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a record is.
 
