@@ -45,6 +45,7 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(BIN)/python tests/benchmarks/tasks.py
 	$(BIN)/python tests/benchmarks/generation_speed.py
 	$(BIN)/python tests/benchmarks/monitoring.py
+	$(BIN)/python tests/benchmarks/cached_teachers.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -108,7 +108,7 @@ class DistillRecipe(FTRecipeInterface):
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
         self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
         pair = Pair(cfg, self._dtype, self._device, self._parallel, self._features)
-        source = pair.teacher_source()
+        source = pair.teacher_source({"dataset": self._loader, "eval_dataset": self._eval_loader})
         self.student = pair.student(self._constraints)
         self._teacher = pair.teacher(source, self._tokenizer, self._num_ids)
         self._online = self._teacher.online if self._teacher else None

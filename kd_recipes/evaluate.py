@@ -32,11 +32,12 @@ from kd_recipes.evaluation.results import Evaluation, ModelResult
 from kd_recipes.evaluation.tasks import check_tasks
 from kd_recipes.parts import build, load_model
 from kd_recipes.storage import write_json
+from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.order import Rows
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import DTYPES, dtype_name, is_dtype_name, resolve_dtype
-from kd_recipes.training.preflight import check_tokenizer, token_ids
+from kd_recipes.training.preflight import check_tokenizer
 
 KEYS = (
     Key("recipe", "str", wanted="`evaluate`"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from kd_recipes.errors import ConfigError, Problem, within
 from kd_recipes.losses import FeatureTerms
 from kd_recipes.parts import Loaded, build, load_model
 from kd_recipes.students import Constraints, Student
 from kd_recipes.teachers import OnlineTeacher, Surroundings, Teacher, TeacherSource
+from kd_recipes.training.data import Loader
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, resolve_dtype
 from kd_recipes.training.preflight import asks_teacher, loads_teacher_model
@@ -57,11 +60,14 @@ class Pair:
         self.parallel.shard(student.model, self._sharding(self.dtype))
         return student
 
-    def teacher_source(self) -> TeacherSource | None:
+    def teacher_source(self, data: Mapping[str, Loader | None]) -> TeacherSource | None:
         """What a ``teacher:`` section describes, compared with the config; None where there is none or no use for it.
 
+        Args:
+            data: what the teacher will be asked about, by the key of its section.
+
         Raises:
-            ConfigError: it is no such section, or does not suit the config.
+            ConfigError: it is no such section, or does not suit the config or the data.
         """
         section = self.cfg.teacher
         if section is None or not asks_teacher(self.cfg):
@@ -69,10 +75,20 @@ class Pair:
         source = within("teacher", lambda: build("teacher", section))
         if not isinstance(source, TeacherSource):
             raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
-        problems = [replace(problem, key=f"teacher{problem.key}") for problem in source.problems(self.cfg)]
-        if problems:
-            raise ConfigError(*problems)
+        within("teacher", lambda: self._compare(source, data))
         return source
+
+    def _compare(self, source: TeacherSource, data: Mapping[str, Loader | None]) -> None:
+        if problems := [*source.problems(self.cfg)] or [*self._missing(source, data)]:
+            raise ConfigError(*problems)
+
+    def _missing(self, source: TeacherSource, data: Mapping[str, Loader | None]) -> Iterator[Problem]:
+        for key, loader in data.items():
+            rows = tqdm(loader.rows_once() if loader else (), key, leave=False, disable=not self.parallel.is_main)
+            if count := self.parallel.sum(source.num_missing(rows)):
+                wanted = "documents that the teacher has been asked about"
+                remedy = "tune run kd_recipes.cache_teacher with this config adds what is missing"
+                yield Problem(key, f"{count:,} that are missing, or have other labels", wanted, remedy)
 
     def teacher(self, source: TeacherSource | None, tokenizer: Any, num_ids: int) -> Teacher | None:
         """The teacher; None where nothing asks for one.
@@ -83,7 +99,11 @@ class Pair:
             num_ids: ids that the student has, without padding.
         """
         if source is not None:
-            return source.open(Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher))
+            teacher = source.open(Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher))
+            is_watched = self.cfg.health is not None and self.cfg.eval_dataset is not None
+            if teacher.online is None and is_watched and self.parallel.is_main:
+                print("health: no teacher model is loaded that could write texts, so what texts tell is not watched")
+            return teacher
         if not loads_teacher_model(self.cfg):
             return None
         section = {"model": self.cfg.teacher_model, "checkpointer": self.cfg.teacher_checkpointer}

@@ -8,8 +8,8 @@ the loss wants them, some tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Literal
 
@@ -139,20 +139,83 @@ class DenseSignal:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """What is known of a teacher's whole distribution at each position, at one temperature.
+
+    Args:
+        likeliest_T: its likeliest id.
+        log_p_likeliest_T: that id's log-probability.
+        log_p_label_T: the label's; of any id where there is no label.
+        entropy_T: in nats.
+    """
+
+    likeliest_T: Tensor
+    log_p_likeliest_T: Tensor
+    log_p_label_T: Tensor
+    entropy_T: Tensor
+
+    @classmethod
+    def of(cls, log_p_TV: Tensor, labels_T: Tensor) -> Exact:
+        """Of whole distributions, and the labels at their positions."""
+        highest_T, likeliest_T = log_p_TV.max(-1)
+        log_p_label_T = log_p_TV.gather(1, labels_T[:, None])[:, 0]
+        return cls(likeliest_T, highest_T, log_p_label_T, torch.special.entr(log_p_TV.exp()).sum(-1))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Exact:
+        """The same, each tensor replaced by what a function makes of it."""
+        tensors = (self.likeliest_T, self.log_p_likeliest_T, self.log_p_label_T, self.entropy_T)
+        return Exact(*map(function, tensors))
+
+
+@dataclass(frozen=True)
 class SparseSignal:
-    """A teacher's likeliest ids at each position, as a cache of it gives them, and what is left for all other ids.
+    """Some of a teacher's ids at each position, as a cache of it gives them.
+
+    Either its likeliest ids, and what is left for all others; or ids that were drawn from it: then what is expected
+    under the teacher is estimated by the mean over what was drawn, and nothing is known of the others.
 
     Args:
         ids_TK: distinct within a row.
         log_p_TK: their log-probabilities over the whole vocabulary; -inf where a row has fewer than K ids.
         log_tail_T: logarithm of the probability of all ids that are not named; -inf where there is none.
         temperature: at which the teacher's distribution was taken; it cannot be softened afterwards.
+        weights_TK: of ids that were drawn, the share of the draws that each got, 0 where a row has fewer than K ids;
+            None for likeliest ids.
+        exact: what else is known, at ``temperature``.
+        unsoftened: the same at temperature 1.
     """
 
     ids_TK: Tensor
     log_p_TK: Tensor
     log_tail_T: Tensor
     temperature: float = 1.0
+    weights_TK: Tensor | None = None
+    exact: Exact | None = None
+    unsoftened: Exact | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its ids were drawn, and are not the likeliest."""
+        return self.weights_TK is not None
+
+    def __getitem__(self, positions: slice | Tensor) -> SparseSignal:
+        """At some positions."""
+        return self._map(lambda tensor: tensor[positions])
+
+    def to(self, device: torch.device) -> SparseSignal:
+        """The same on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SparseSignal:
+        return replace(
+            self,
+            ids_TK=function(self.ids_TK),
+            log_p_TK=function(self.log_p_TK),
+            log_tail_T=function(self.log_tail_T),
+            weights_TK=None if self.weights_TK is None else function(self.weights_TK),
+            exact=None if self.exact is None else self.exact.map(function),
+            unsoftened=None if self.unsoftened is None else self.unsoftened.map(function),
+        )
 
     @classmethod
     def top_k(cls, logits_TV: Tensor, k: int, temperature: float = 1.0) -> SparseSignal:

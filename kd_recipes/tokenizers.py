@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torchtune.data import Message, truncate
 
 from kd_recipes.chat_template import ChatTemplate, Span
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, one_line
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -220,3 +220,36 @@ def _template_source(directory: Path, config: dict[str, Any], chat_template: str
     if isinstance(source, list):  # several by name
         source = {item["name"]: item["template"] for item in source}.get("default")
     return source
+
+
+def token_ids(directory: Path) -> dict[str, int] | None:
+    """The token-to-id map that stands beside a checkpoint, special tokens included; None where no known file does.
+
+    Raises:
+        ConfigError: the file is there and cannot be read.
+    """
+    for name, read in (("tokenizer.json", _tokenizer_json), ("vocab.json", _vocab_json)):
+        file = directory / name
+        if file.is_file():
+            try:
+                return read(file)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise ConfigError(Problem(str(file), one_line(error), f"a {name} that can be read")) from error
+    return None
+
+
+def _tokenizer_json(file: Path) -> dict[str, int]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [[token, score], …] in the order of the ids
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
+
+
+def _vocab_json(file: Path) -> dict[str, int]:
+    vocabulary = dict(json.loads(file.read_text(encoding="utf-8")))
+    config = file.with_name("tokenizer_config.json")
+    if config.is_file():  # special tokens are not in vocab.json
+        added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        vocabulary |= {token["content"]: int(index) for index, token in added.items()}
+    return vocabulary

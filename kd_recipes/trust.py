@@ -16,6 +16,7 @@ from kd_recipes.errors import Problem
 TRUSTED = (
     *("kd_recipes.compression", "kd_recipes.losses", "kd_recipes.models", "kd_recipes.tokenizers"),
     "kd_recipes.monitoring",
+    "kd_recipes.teachers",
     *("torch.nn", "torch.optim", "torchao.float8", "torchao.optim", "torchao.quantization", "torchao.sparsity"),
     *("torchtune.data", "torchtune.datasets", "torchtune.models", "torchtune.modules", "torchtune.training"),
 )

@@ -249,7 +249,8 @@ def save_config(cfg: DictConfig, path: Path, **overrides: Any) -> Path:
 # ------------------------------------------------------------------------------------------------------------ runs
 def run_tune(*words: str, cwd: Path, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the real ``tune`` command from another directory than the repository's."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **variables}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": timeout}
     return subprocess.run([str(TUNE), *words], cwd=cwd, env=environment, **options)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.batch import IGNORE_INDEX, Batch
-from kd_recipes.signals import DenseSignal, Signal
+from kd_recipes.signals import DenseSignal, Signal, SparseSignal
 
 MAX_LOGITS = 2**24  # of a model that exist at a time, in float32
 
@@ -26,7 +26,9 @@ class TokenValues:
         values: name -> ``[N]``. ``cross_entropy`` with the label and ``entropy`` in nats; ``accuracy``: 1 where the
             likeliest id is the label; ``confidence``: its probability. With a reference also ``kl`` (reference ||
             model) and ``reverse_kl`` in nats, ``agreement``: 1 where both have the same likeliest id,
-            ``reference_cross_entropy``, ``reference_entropy``, ``reference_accuracy``, ``reference_confidence``.
+            ``reference_cross_entropy``, ``reference_entropy``, ``reference_accuracy``, ``reference_confidence``. With
+            a sparse reference both divergences are at its temperature, over its ids and one bucket for all others, or
+            estimated from the ids drawn; what it does not know is nan.
     """
 
     rows_N: Tensor
@@ -52,10 +54,8 @@ def token_values(model: DenseSignal, reference: Signal | None, batch: Batch, *, 
         labels_n = labels_T[positions_n].to(log_q_nV.device)
         values = _alone(log_q_nV, labels_n)
         if reference is not None:
-            assert isinstance(reference, DenseSignal)
-            log_p_nV = _log_softmax(reference, positions_n, num_ids).to(log_q_nV.device)
-            values |= {f"reference_{name}": value for name, value in _alone(log_p_nV, labels_n).items()}
-            values |= _beside(log_q_nV, log_p_nV)
+            own, shared = _compare(log_q_nV, reference, positions_n, labels_n)
+            values |= {f"reference_{name}": value for name, value in own.items()} | shared
         parts.append({name: value.cpu() for name, value in values.items()})
     names = parts[0] if parts else ()
     joined = {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -76,12 +76,78 @@ def _alone(log_q_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _compare(
+    log_q_nV: Tensor, reference: Signal, positions_n: Tensor, labels_n: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a reference says of the labels, and how the model compares with it."""
+    if isinstance(reference, DenseSignal):
+        log_p_nV = _log_softmax(reference, positions_n, log_q_nV.shape[1]).to(log_q_nV.device)
+        return _alone(log_p_nV, labels_n), _beside(log_q_nV, log_p_nV)
+    sparse = reference[positions_n.to(reference.ids_TK.device)].to(log_q_nV.device)
+    own = _known(sparse, labels_n)
+    shared = _beside_drawn(log_q_nV, sparse) if sparse.is_drawn else _beside_likeliest(log_q_nV, sparse)
+    return own, shared | {"agreement": (_likeliest(sparse) == log_q_nV.argmax(-1)).float()}
+
+
+def _likeliest(sparse: SparseSignal) -> Tensor:
+    if sparse.unsoftened is not None:
+        return sparse.unsoftened.likeliest_T
+    return sparse.ids_TK.gather(1, sparse.log_p_TK.argmax(-1, keepdim=True))[:, 0]
+
+
+def _known(sparse: SparseSignal, labels_n: Tensor) -> dict[str, Tensor]:
+    accuracy_n = (_likeliest(sparse) == labels_n).float()
+    exact, unknown_n = sparse.unsoftened, torch.full_like(accuracy_n, torch.nan)
+    if exact is None:
+        return {"cross_entropy": unknown_n, "entropy": unknown_n, "accuracy": accuracy_n}
+    return {
+        "cross_entropy": -exact.log_p_label_T,
+        "entropy": exact.entropy_T,
+        "accuracy": accuracy_n,
+        "confidence": exact.log_p_likeliest_T.exp(),
+    }
+
+
+def _softened(log_q_nV: Tensor, temperature: float) -> Tensor:
+    return log_q_nV if temperature == 1 else (log_q_nV / temperature).log_softmax(-1)
+
+
+def _beside_likeliest(log_q_nV: Tensor, sparse: SparseSignal) -> dict[str, Tensor]:
+    log_q_nV = _softened(log_q_nV, sparse.temperature)
+    is_named_nK = sparse.log_p_TK > -torch.inf
+    ids_nK = torch.where(is_named_nK, sparse.ids_TK, sparse.ids_TK[:, :1])
+    log_q_nK = log_q_nV.gather(1, ids_nK).masked_fill(~is_named_nK, -torch.inf)
+    log_tail_n1 = log_q_nV.scatter(1, ids_nK, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q_nB, log_p_nB = (
+        torch.cat((log_q_nK, log_tail_n1), 1),
+        torch.cat((sparse.log_p_TK, sparse.log_tail_T[:, None]), 1),
+    )
+    return _divergences(log_q_nB, log_p_nB)
+
+
+def _beside_drawn(log_q_nV: Tensor, sparse: SparseSignal) -> dict[str, Tensor]:
+    """Estimates, as :func:`kd_recipes.losses.rows.replace_by_gradient` makes them."""
+    assert sparse.weights_TK is not None
+    log_q_nK = _softened(log_q_nV, sparse.temperature).gather(1, sparse.ids_TK)
+    log_ratio_nK = torch.where(sparse.weights_TK > 0, log_q_nK - sparse.log_p_TK, 0.0)
+    ratio_nK = log_ratio_nK.exp()
+    surplus_nK = ratio_nK * log_ratio_nK - ratio_nK + 1
+    return {
+        "kl": -(sparse.weights_TK * log_ratio_nK).sum(-1),
+        "reverse_kl": (sparse.weights_TK * surplus_nK).sum(-1),
+    }
+
+
 def _beside(log_q_nV: Tensor, log_p_nV: Tensor) -> dict[str, Tensor]:
+    agreement_n = (log_p_nV.argmax(-1) == log_q_nV.argmax(-1)).float()
+    return _divergences(log_q_nV, log_p_nV) | {"agreement": agreement_n}
+
+
+def _divergences(log_q_nV: Tensor, log_p_nV: Tensor) -> dict[str, Tensor]:
     difference_nV = log_p_nV - log_q_nV
     return {
         "kl": _expectation(log_p_nV, difference_nV),
         "reverse_kl": -_expectation(log_q_nV, difference_nV),
-        "agreement": (log_p_nV.argmax(-1) == log_q_nV.argmax(-1)).float(),
     }
 
 

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ class Distributions:
 class Divergence(ABC):
     """A distance from teacher to student, with its settings."""
 
+    # whether it can be estimated from ids that were drawn from the teacher: an expectation of log p - log q under p
+    is_estimable: ClassVar[bool] = False
+
     @abstractmethod
     def __call__(self, at: Distributions) -> tuple[Tensor, Tensor]:
         """Value ``[n]`` in nats, unless said otherwise, and ``a`` ``[n, V]`` of the module's docstring."""
@@ -75,6 +79,8 @@ class ForwardKL(Divergence):
     Covers all that the teacher finds possible. torchtune's class of a similar name is the cross entropy of the two,
     which is not zero where they agree.
     """
+
+    is_estimable = True
 
     def __call__(self, at: Distributions) -> tuple[Tensor, Tensor]:
         """Returns the KL divergence and ``a = -p``."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_recipes.losses.rows import TOKEN_VALUES, SparseRows, Terms, replace_by_gradient
+from kd_recipes.losses.rows import TOKEN_VALUES, Terms, replace_by_gradient
 from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
 
 # Tokens of a chunk: 256 fill a CPU's matrix units, a GPU wants more; and logits of a chunk, of each model.
@@ -161,18 +161,15 @@ class _ChunkBuffers:
         logits_nV = self._call.student.before_cap(positions, out_nV)
         return logits_nV if logits_nV is out_nV else out_nV.copy_(logits_nV)
 
-    def teacher(self, positions: slice | Tensor, num_tokens: int) -> Tensor | SparseRows | None:
+    def teacher(self, positions: slice | Tensor, num_tokens: int) -> Tensor | SparseSignal | None:
         """What the teacher says of the tokens."""
         if self._teacher_logits is not None:
             return self._teacher_logits.before_cap(positions, self._teacher[:num_tokens])
-        if self._call.signal is None:
-            return None
         signal = self._call.signal
-        assert isinstance(signal, SparseSignal)
-        return SparseRows(signal.ids_TK[positions], signal.log_p_TK[positions], signal.log_tail_T[positions])
+        return signal[positions] if isinstance(signal, SparseSignal) else None
 
     def replace_by_gradient(
-        self, logits_nV: Tensor, teacher: Tensor | SparseRows | None, labels_n: Tensor, weights_n: Tensor
+        self, logits_nV: Tensor, teacher: Tensor | SparseSignal | None, labels_n: Tensor, weights_n: Tensor
     ) -> Tensor:
         """:func:`~kd_recipes.losses.rows.replace_by_gradient`, block by block; returns sums over the tokens."""
         terms = self._call.terms
@@ -271,7 +268,7 @@ def _rows_at_a_time(num_ids: int, device: torch.device) -> int:
 @cache
 def _compiled() -> Callable[..., Tensor]:
     def whole_chunk(
-        student_nV: Tensor, teacher: Tensor | SparseRows | None, labels_n: Tensor, weights_n: Tensor, terms: Terms
+        student_nV: Tensor, teacher: Tensor | SparseSignal | None, labels_n: Tensor, weights_n: Tensor, terms: Terms
     ) -> Tensor:
         scratch = [torch.empty_like(student_nV, dtype=torch.float32) for _ in range(terms.num_buffers)]
         return replace_by_gradient(student_nV, teacher, labels_n, weights_n, terms, scratch)

@@ -86,7 +86,8 @@ class Objective:
             The sums. ``total.backward()`` reaches all that the student's logits are made of.
 
         Raises:
-            ValueError: no signal although ``kd_ratio`` is above 0, or one that was taken at another temperature.
+            ValueError: no signal although ``kd_ratio`` is above 0, one that was taken at another temperature, or one
+                that the divergence cannot be estimated from.
         """
         teacher_temperature = self.temperature if self.teacher_temperature is None else self.teacher_temperature
         if signal is None and self.needs_teacher:
@@ -96,6 +97,9 @@ class Objective:
                 f"the teacher's probabilities were taken at temperature {signal.temperature}, and cannot be brought to "
                 f"{teacher_temperature}: set teacher_temperature={signal.temperature}"
             )
+        if isinstance(signal, SparseSignal) and signal.is_drawn and not self.divergence.is_estimable:
+            name = type(self.divergence).__name__
+            raise ValueError(f"{name} cannot be estimated from ids drawn from the teacher: set kd_loss to ForwardKL")
         terms = Terms(
             self.divergence,
             self.kd_ratio,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.losses.divergences import LOG_ZERO, Distributions, Divergence
+from kd_recipes.signals import SparseSignal
 
 # What is known of each token, in the order of the values that `replace_by_gradient` returns.
 TOKEN_VALUES = (
@@ -61,21 +62,9 @@ class Terms:
         return 4 if self.temperature == 1.0 else 5
 
 
-@dataclass(frozen=True)
-class SparseRows:
-    """A sparse teacher at some tokens; as :class:`~kd_recipes.signals.SparseSignal`."""
-
-    ids_nK: Tensor
-    log_p_nK: Tensor
-    log_tail_n: Tensor
-
-    def __getitem__(self, rows: slice) -> SparseRows:
-        return SparseRows(self.ids_nK[rows], self.log_p_nK[rows], self.log_tail_n[rows])
-
-
 def replace_by_gradient(
     student_nV: Tensor,
-    teacher: Tensor | SparseRows | None,
+    teacher: Tensor | SparseSignal | None,
     labels_n: Tensor,
     weights_n: Tensor,
     terms: Terms,
@@ -111,8 +100,9 @@ def replace_by_gradient(
     if teacher is not None:
         log_q_nV = z_nV.sub_(log_sum_exp_n1)
         at = (labels_n1, top_n1, terms, free)
-        if isinstance(teacher, SparseRows):
-            pull = _compare_sparse(q_nV, log_q_nV, teacher, *at)
+        if isinstance(teacher, SparseSignal):
+            compare = _compare_drawn if teacher.is_drawn else _compare_likeliest
+            pull = compare(q_nV, log_q_nV, teacher, *at)
         else:
             pull = _compare_dense(q_nV, log_q_nV, teacher, *at)
         values |= pull.values
@@ -175,10 +165,10 @@ def _compare_dense(
     return _Pull(values, -a_nV.sum(-1, keepdim=True), a_nV)
 
 
-def _compare_sparse(
+def _compare_likeliest(
     q_nV: Tensor,
     log_q_nV: Tensor,
-    teacher: SparseRows,
+    teacher: SparseSignal,
     labels_n1: Tensor,
     top_n1: Tensor,
     terms: Terms,
@@ -189,9 +179,8 @@ def _compare_sparse(
     The gradient of the last bucket's logarithm is ``q_j / q_tail - q_j`` at each id j in it, so that outside the ids
     all is one factor of q, and only the ids are corrected.
     """
-    is_named_nK = teacher.log_p_nK > LOG_ZERO
-    ids_nK = torch.where(is_named_nK, teacher.ids_nK, teacher.ids_nK[:, :1])  # a name twice, which adds nothing
-    log_p_nB = torch.cat((teacher.log_p_nK, teacher.log_tail_n.unsqueeze(1)), 1).to(q_nV.dtype)
+    is_named_nK, ids_nK = _named(teacher)
+    log_p_nB = torch.cat((teacher.log_p_TK, teacher.log_tail_T.unsqueeze(1)), 1).to(q_nV.dtype)
     # not 1 - sum(q): that has no digits left where the ids hold nearly everything
     tail_n1 = free[0].copy_(q_nV).scatter_(1, ids_nK, 0.0).sum(-1, keepdim=True)
     divisor_n1 = tail_n1.clamp_min(_MIN_TAIL)
@@ -200,16 +189,71 @@ def _compare_sparse(
     q_nK = q_nV.gather(1, ids_nK).mul_(is_named_nK)
     log_q_nK = log_q_nV.gather(1, ids_nK).masked_fill_(~is_named_nK, LOG_ZERO)
     q_nB, log_q_nB = torch.cat((q_nK, tail_n1), 1), torch.cat((log_q_nK, log_tail_n1), 1)
-    p_nB = log_p_nB.exp()
-    is_label_nK = (ids_nK == labels_n1) & is_named_nK
-    label_mass_n = p_nB[:, :-1].mul(is_label_nK).sum(-1)
-    teacher_top_n1 = ids_nK.gather(1, teacher.log_p_nK.argmax(-1, keepdim=True))
-    at = Distributions.compare(p_nB, log_p_nB, q_nB, log_q_nB)
-    values = _moments(at, teacher_top_n1 == top_n1, label_mass_n)
+    at = Distributions.compare(log_p_nB.exp(), log_p_nB, q_nB, log_q_nB)
+    values = _sparse_moments(at, teacher, q_nV, log_q_nV, labels_n1, top_n1)
     values["divergence"], a_nB = terms.divergence(at)
     tail_factor_n1 = a_nB[:, -1:] / divisor_n1
     a_nK = (a_nB[:, :-1] - q_nK * tail_factor_n1).mul_(is_named_nK)
     return _Pull(values, tail_factor_n1 - a_nB.sum(-1, keepdim=True), a_nK, ids_nK)
+
+
+def _compare_drawn(
+    q_nV: Tensor,
+    log_q_nV: Tensor,
+    teacher: SparseSignal,
+    labels_n1: Tensor,
+    top_n1: Tensor,
+    terms: Terms,
+    _free: Sequence[Tensor],
+) -> _Pull:
+    """As :func:`_compare_dense`, but means over the ids drawn stand for what is expected under the teacher.
+
+    Of the forward divergence the estimate is ``sum_i w_i (log p_i - log q_i)`` and its gradient ``q - w``, both
+    without bias; of the reverse one it is ``sum_i w_i (r log r - r + 1)`` with r = q / p, no term of which is negative.
+    """
+    assert teacher.weights_TK is not None
+    is_named_nK, ids_nK = _named(teacher)
+    weights_nK = teacher.weights_TK.to(q_nV.dtype, copy=True)
+    log_p_nK = teacher.log_p_TK.to(q_nV.dtype).masked_fill(~is_named_nK, 0.0)
+    q_nK = q_nV.gather(1, ids_nK).mul_(is_named_nK)
+    log_q_nK = log_q_nV.gather(1, ids_nK).clamp_min_(LOG_ZERO).masked_fill_(~is_named_nK, 0.0)
+    log_ratio_nK = log_q_nK - log_p_nK
+    ratio_nK = log_ratio_nK.exp()
+    dot = torch.linalg.vecdot
+    at = Distributions(
+        weights_nK,
+        log_p_nK,
+        q_nK,
+        log_q_nK,
+        forward_kl_n=-dot(weights_nK, log_ratio_nK),
+        reverse_kl_n=dot(weights_nK, ratio_nK * log_ratio_nK - ratio_nK + 1),
+        teacher_entropy_n=-dot(weights_nK, log_p_nK),
+        student_entropy_n=-dot(q_nK, log_q_nK),
+    )
+    values = _sparse_moments(at, teacher, q_nV, log_q_nV, labels_n1, top_n1)
+    values["divergence"], a_nK = terms.divergence(at)
+    return _Pull(values, -a_nK.sum(-1, keepdim=True), a_nK, ids_nK)
+
+
+def _named(teacher: SparseSignal) -> tuple[Tensor, Tensor]:
+    """Which of K names a row has, and ids in which those that it has not are its first: added to, they add nothing."""
+    is_named_nK = teacher.log_p_TK > LOG_ZERO
+    return is_named_nK, torch.where(is_named_nK, teacher.ids_TK, teacher.ids_TK[:, :1])
+
+
+def _sparse_moments(
+    at: Distributions, teacher: SparseSignal, q_nV: Tensor, log_q_nV: Tensor, labels_n1: Tensor, top_n1: Tensor
+) -> dict[str, Tensor]:
+    """As :func:`_moments`: over what the teacher names, or exactly where it knows more than that."""
+    exact = teacher.exact
+    if exact is None:
+        is_label_nK = (teacher.ids_TK == labels_n1) & (teacher.log_p_TK > LOG_ZERO)
+        label_mass_n = teacher.log_p_TK.exp().mul(is_label_nK).sum(-1)
+        teacher_top_n1 = teacher.ids_TK.gather(1, teacher.log_p_TK.argmax(-1, keepdim=True))
+        return _moments(at, teacher_top_n1 == top_n1, label_mass_n)
+    values = _moments(at, exact.likeliest_T.unsqueeze(1) == top_n1, exact.log_p_label_T.exp())
+    entropy_n = -torch.linalg.vecdot(q_nV, log_q_nV.clamp_min_(LOG_ZERO))
+    return values | {"teacher_entropy": exact.entropy_T, "student_entropy": entropy_n}
 
 
 def _moments(at: Distributions, agrees_n1: Tensor, label_mass_n: Tensor) -> dict[str, Tensor]:

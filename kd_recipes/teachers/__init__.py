@@ -1,6 +1,15 @@
 """Teachers: from a batch to a signal."""
 
+from kd_recipes.teachers.cache import CachedTeacher, RandomSampling, TopK
 from kd_recipes.teachers.online import OnlineTeacher
 from kd_recipes.teachers.teacher import Surroundings, Teacher, TeacherSource
 
-__all__ = ["OnlineTeacher", "Surroundings", "Teacher", "TeacherSource"]
+__all__ = [
+    "CachedTeacher",
+    "OnlineTeacher",
+    "RandomSampling",
+    "Surroundings",
+    "Teacher",
+    "TeacherSource",
+    "TopK",
+]

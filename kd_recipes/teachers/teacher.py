@@ -58,6 +58,10 @@ class TeacherSource(ABC):
     def problems(self, cfg: DictConfig) -> Iterable[Problem]:
         """What is wrong with it in a distillation of this config, before anything is loaded; keys begin with a dot."""
 
+    def num_missing(self, batches: Iterable[Batch]) -> int:
+        """How many documents of some batches it has no word on: none, unless it has to be prepared for them."""
+        return 0
+
     @abstractmethod
     def open(self, around: Surroundings) -> Teacher:
         """Make it ready to be asked.

@@ -89,11 +89,12 @@ class Loader:
         max_seq_len: int,
     ) -> None:
         self._order, self._batch_size = order, batch_size
+        self._collate = _torchtune.collate(padding_idx, packed)
         self._loader = StatefulDataLoader(
             order.dataset,
             batch_size=batch_size,
             sampler=order.sampler,
-            collate_fn=_torchtune.collate(padding_idx, packed),
+            collate_fn=self._collate,
             drop_last=order.drop_last,
             # each pass draws a seed for workers; from the global generator, a resumed run would draw one too many
             generator=torch.Generator(),
@@ -122,6 +123,11 @@ class Loader:
                 collated["labels"] = collated["labels"].masked_fill(is_repeated_B.unsqueeze(1), IGNORE_INDEX)
                 position += self._order.world_size * num_rows
             yield shift_labels(collated).to(self._device)
+
+    def rows_once(self) -> Iterator[Batch]:
+        """This process's share of all rows, each once and alone, in host memory; of a stream, none."""
+        for index in self._order.share():
+            yield shift_labels(self._collate([self._order.dataset[index]]))
 
     def seek(self, num_samples: int, seed: int) -> None:
         """Begin the next pass behind so many samples, counted over all processes, of the order of a seed."""

@@ -112,6 +112,10 @@ class Rows:
             return None
         return position + self.world_size * torch.arange(num_rows) >= len(self.dataset)
 
+    def share(self) -> range:
+        """Rows of this process, which together with the others' are all rows, each once."""
+        return range(self._rank, len(self.dataset), self.world_size)
+
     def rows(self, epoch: int, start: int, stop: int) -> list[int]:
         """The rows that this process has in an epoch between two positions, counted in its samples."""
         self.sampler.set_epoch(epoch)
@@ -186,6 +190,10 @@ class Stream(IterableDataset[Any]):
     def is_repeated(self, position: int, num_rows: int) -> Tensor | None:
         """As :meth:`Rows.is_repeated`."""
         return None
+
+    def share(self) -> range:
+        """None: a stream cannot be read twice."""
+        return range(0)
 
     def rows(self, epoch: int, start: int, stop: int) -> list[int]:
         """As :meth:`Rows.rows`; the positions in the stream."""

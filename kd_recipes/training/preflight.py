@@ -5,7 +5,6 @@ Only headers are read: the shapes in a safetensors file, the token-to-id map of 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
+from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
 from kd_recipes.training.parallel import is_main_process, world_size
 from kd_recipes.training.schedules import Schedule
@@ -43,6 +43,26 @@ def preflight(cfg: DictConfig) -> None:
     problems += missing or [*_vocabulary_problems(cfg), *_space_problems(cfg)]
     if problems:
         raise ConfigError(*problems)
+
+
+def check_teacher(cfg: DictConfig) -> DictConfig:
+    """Check what a config says of ``teacher_model``, for a recipe that runs it alone.
+
+    Returns:
+        The config of a distillation from it, whatever stands in ``teacher``.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    found = cfg.copy()
+    found.teacher, found.kd_ratio = None, 1.0
+    if found.checkpointer is None:
+        found.checkpointer = cfg.teacher_checkpointer
+    problems = [*_device_problems(found), *_file_problems("teacher_checkpointer", found.teacher_checkpointer)]
+    problems = problems or [*_vocabulary_problems(found)]
+    if problems:
+        raise ConfigError(*problems)
+    return found
 
 
 def check_models(cfg: DictConfig, tokenizer: Any, keys: Sequence[str]) -> list[ModelSize]:
@@ -105,39 +125,6 @@ def _embedding_shape(specs: Mapping[str, TensorSpec]) -> tuple[int, ...] | None:
 def _num_layers(specs: Mapping[str, TensorSpec]) -> int | None:
     indices = [int(match.group(1)) for name in specs if (match := _LAYER.match(name))]
     return max(indices) + 1 if indices else None
-
-
-def token_ids(directory: Path) -> dict[str, int] | None:
-    """The token-to-id map that stands beside a checkpoint, special tokens included; None where no known file does.
-
-    Raises:
-        ConfigError: the file is there and cannot be read.
-    """
-    for name, read in (("tokenizer.json", _tokenizer_json), ("vocab.json", _vocab_json)):
-        file = directory / name
-        if file.is_file():
-            try:
-                return read(file)
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise ConfigError(Problem(str(file), one_line(error), f"a {name} that can be read")) from error
-    return None
-
-
-def _tokenizer_json(file: Path) -> dict[str, int]:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: [[token, score], …] in the order of the ids
-        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
-
-
-def _vocab_json(file: Path) -> dict[str, int]:
-    vocabulary = dict(json.loads(file.read_text(encoding="utf-8")))
-    config = file.with_name("tokenizer_config.json")
-    if config.is_file():  # special tokens are not in vocab.json
-        added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        vocabulary |= {token["content"]: int(index) for index, token in added.items()}
-    return vocabulary
 
 
 def asks_teacher(cfg: DictConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.evaluation import evaluate_held_out, tokens
 from kd_recipes.evaluation.measure import change, measure_text
 from kd_recipes.evaluation.results import TextFigures
-from kd_recipes.signals import DenseSignal, LinearLogits
+from kd_recipes.signals import DenseSignal, Exact, LinearLogits, SparseSignal
 
 B, S, V = 3, 7, 11
 
@@ -135,3 +136,42 @@ def test_text_figures_are_ratios_over_sequences(batch: Batch) -> None:
     less = change(same, found)
     assert less.mean == pytest.approx(same.bits_per_byte.mean - found.bits_per_byte.mean, abs=1e-7)
     assert less.low < less.mean < less.high
+
+
+def _sparse(p_TV: Tensor, batch: Batch, k: int, temperature: float = 1.0) -> SparseSignal:
+    log_p_TV, labels_T = p_TV.log_softmax(-1), batch.labels_BS.flatten().clamp_min(0)
+    return replace(SparseSignal.top_k(p_TV, k, temperature), unsoftened=Exact.of(log_p_TV, labels_T))
+
+
+@pytest.mark.parametrize("k", [3, V])
+def test_a_sparse_reference_is_compared_over_its_buckets_and_known_exactly(batch: Batch, k: int) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+    dense = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V).values
+    found = tokens.token_values(signal(q_TV), _sparse(p_TV, batch, k), batch, num_ids=V).values
+    assert found.keys() == dense.keys()
+    for name in dense:
+        if k == V or "kl" not in name:
+            torch.testing.assert_close(found[name], dense[name], msg=name)
+        else:  # what is lumped together is told apart less
+            assert (found[name] <= dense[name] + 1e-6).all()
+
+
+def test_a_softened_sparse_reference_is_compared_at_its_temperature(batch: Batch) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+    softened = tokens.token_values(signal(q_TV / 2), signal(p_TV / 2), batch, num_ids=V).values
+    plain = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V).values
+    found = tokens.token_values(signal(q_TV), _sparse(p_TV, batch, V, temperature=2.0), batch, num_ids=V).values
+    for name in plain:
+        torch.testing.assert_close(found[name], (softened if "kl" in name else plain)[name], msg=name)
+
+
+def test_of_ids_that_were_drawn_the_divergences_are_estimates(batch: Batch) -> None:
+    q_TV, p_TV = logits(2), logits(3)
+    ids_TK = torch.arange(V).expand(B * S, V)  # drawn so often that each got its share
+    log_p_TV = p_TV.log_softmax(-1)
+    drawn = SparseSignal(ids_TK, log_p_TV, torch.full((B * S,), -torch.inf), weights_TK=log_p_TV.exp())
+    dense = tokens.token_values(signal(q_TV), signal(p_TV), batch, num_ids=V).values
+    found = tokens.token_values(signal(q_TV), drawn, batch, num_ids=V).values
+    for name in ("kl", "reverse_kl", "agreement", "reference_accuracy"):
+        torch.testing.assert_close(found[name], dense[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert found["reference_entropy"].isnan().all()  # nobody has said it

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from kd_recipes import storage
 from kd_recipes.config import load_and_validate
 from kd_recipes.errors import ConfigError
+from kd_recipes.tokenizers import token_ids
 from kd_recipes.training import preflight
 from toy import VOCABULARY, Toys, distill, lora_section
 
@@ -66,7 +67,7 @@ def test_the_estimate_is_no_more_than_what_is_written(
 
 def test_token_ids_of_both_tokenizer_formats(toys: Toys, tmp_path: Path) -> None:
     content = json.loads((toys.student / "tokenizer.json").read_text())
-    ids = preflight.token_ids(toys.student)
+    ids = token_ids(toys.student)
     assert ids is not None
     assert len(ids) == VOCABULARY
     assert ids["<|im_end|>"] == 2
@@ -74,14 +75,14 @@ def test_token_ids_of_both_tokenizer_formats(toys: Toys, tmp_path: Path) -> None
     (tmp_path / "vocab.json").write_text(json.dumps({t: i for t, i in ids.items() if t not in special}))
     added = {str(index): {"content": token} for token, index in special.items()}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    assert preflight.token_ids(tmp_path) == ids
-    assert preflight.token_ids(tmp_path / "nowhere") is None
+    assert token_ids(tmp_path) == ids
+    assert token_ids(tmp_path / "nowhere") is None
 
 
 def test_token_ids_of_a_unigram_model(tmp_path: Path) -> None:
     content = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"content": "<s>", "id": 2}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert preflight.token_ids(tmp_path) == {"a": 0, "b": 1, "<s>": 2}
+    assert token_ids(tmp_path) == {"a": 0, "b": 1, "<s>": 2}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""What a cache is of: a teacher, a vocabulary, a temperature and an encoding; and how two of them differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd_recipes.compression.checkpoint import file_stamps, weight_files
+from kd_recipes.errors import ConfigError, Problem, one_line
+from kd_recipes.storage import atomic_directory, describe_files, require_vacant, write_json
+from kd_recipes.tokenizers import token_ids
+
+FORMAT = 1
+_FILE, _TOKENS = "cache.json", "token_ids.json"
+_AGAIN = "Choose another path for a cache of this one, or go back to what the cache was made with"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a cache is of.
+
+    Args:
+        model: the section that the teacher was built from.
+        weights: its files: name -> size and SHA-256.
+        stamps: name -> size and time of change, by which files that were hashed once are known again.
+        tokens: SHA-256 of the token-to-id map, or of the tokenizer's file.
+        temperature: of the distributions.
+        num_ids: that they are over.
+        encoding: its settings.
+        dtype: that the teacher computed in.
+        format: of the files.
+    """
+
+    model: Mapping[str, Any]
+    weights: Mapping[str, Any]
+    stamps: Mapping[str, Any]
+    tokens: str
+    temperature: float
+    num_ids: int
+    encoding: Mapping[str, Any]
+    dtype: str
+    format: int = FORMAT
+
+    def save(self, directory: Path, tokens: Mapping[str, int]) -> None:
+        """Begin a cache with it, and with the map from tokens to ids.
+
+        Raises:
+            ConfigError: there is something else in the directory.
+        """
+        require_vacant(directory, key="teacher.path")
+        with atomic_directory(directory) as temporary:
+            write_json(temporary / _TOKENS, tokens)
+            write_json(temporary / _FILE, asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> Identity | None:
+        """That of a cache; None where there is none.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        file = directory / _FILE
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                wanted = f"a cache of format {FORMAT}"
+                raise ConfigError(Problem(".path", f"{directory}, format {content['format']}", wanted))
+            return cls(**content)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(Problem(".path", str(file), "a cache.json that can be read", one_line(error))) from error
+
+
+def plain(section: DictConfig) -> dict[str, Any]:
+    """A section of a config without interpolations."""
+    content: Any = OmegaConf.to_container(section, resolve=True)
+    return dict(content)
+
+
+def hash_tokens(section: DictConfig) -> tuple[str, dict[str, int]]:
+    """What identifies a ``tokenizer:`` section's vocabulary, and its map from tokens to ids where that is known."""
+    path = Path(str(section.get("path", "")))
+    tokens = token_ids(path if path.is_dir() else path.parent) if path.name else None
+    if tokens is not None:
+        ordered = json.dumps(sorted(tokens.items(), key=lambda item: item[1]))
+        return hashlib.sha256(ordered.encode()).hexdigest(), tokens
+    content = path.read_bytes() if path.is_file() else json.dumps(plain(section), sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest(), {}
+
+
+def teacher_directory(section: DictConfig) -> Path | None:
+    """Where a checkpointer's weights are; None for one of the user's own, with other arguments."""
+    directory = section.get("checkpoint_dir")
+    return Path(directory) if isinstance(directory, str) else None
+
+
+def hash_weights(section: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Size and SHA-256 of a checkpointer's files, and their stamps."""
+    directory = teacher_directory(section)
+    if directory is None:
+        return {"checkpointer": plain(section)}, {}
+    return describe_files(directory, weight_files(directory)), file_stamps(directory)
+
+
+def differences(cache: Identity, cfg: DictConfig, directory: Path) -> Iterator[Problem]:
+    """How the teacher and the vocabulary of a config differ from a cache's; keys are those of the config."""
+    if cfg.teacher_checkpointer is not None:
+        yield from _weight_problems(cache, cfg.teacher_checkpointer)
+    if cfg.teacher_model is not None and plain(cfg.teacher_model) != dict(cache.model):
+        new, old = plain(cfg.teacher_model), dict(cache.model)
+        name = next(name for name in sorted({*new, *old}) if new.get(name) != old.get(name))
+        yield Problem(f"teacher_model.{name}", new.get(name), f"{old.get(name)}, as the cache was made with", _AGAIN)
+    digest, tokens = hash_tokens(cfg.tokenizer)
+    if digest != cache.tokens:
+        known = json.loads((directory / _TOKENS).read_text(encoding="utf-8"))
+        got = str(cfg.tokenizer.get("path"))
+        if changed := set(tokens.items()) ^ set(known.items()):
+            token, _ = min(changed, key=lambda item: (item[1], item[0]))
+            got = f"{token!r} is {tokens.get(token)} for the tokenizer and {known.get(token)} for the cache"
+        yield Problem("tokenizer.path", got, "the tokenizer that the cache was made with", _AGAIN)
+
+
+def _weight_problems(cache: Identity, section: DictConfig) -> Iterator[Problem]:
+    directory = teacher_directory(section)
+    if directory is not None and file_stamps(directory) == dict(cache.stamps):
+        return  # hashing a large teacher takes a minute
+    weights, _ = hash_weights(section)
+    if weights != dict(cache.weights):
+        name = next(n for n in sorted({*weights, *cache.weights}) if weights.get(n) != cache.weights.get(n))
+        got = f"{directory}, whose {name} is another one"
+        yield Problem("teacher_checkpointer.checkpoint_dir", got, "the teacher that the cache was made of", _AGAIN)
+
+
+def setting_problems(cache: Identity, wanted: Identity) -> Iterator[Problem]:
+    """How settings for a cache differ from those of the one that is there."""
+    keys = {"temperature": "temperature", "num_ids": "teacher_model", "encoding": "teacher.encoding"}
+    for name, key in {**keys, "dtype": "teacher_dtype"}.items():
+        new, old = getattr(wanted, name), getattr(cache, name)
+        if new != old:
+            what = f"{name} {new}" if name == "num_ids" else new
+            yield Problem(key, what, f"{old}, as the cache was made with", _AGAIN)

@@ -1,0 +1,219 @@
+"""Records on disk, by key: files that are only ever added to, one pair a process, and read through a memory map.
+
+A record counts once its line stands in the index, which is written after the record is on the disk. A process that is
+killed leaves at most a record without a line, or half a line; the next one cuts both off. Nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.storage import StorageError, explain_disk_errors
+
+_LINE = np.dtype(
+    [
+        ("key", "V16"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("num_positions", "<u4"),
+        ("positions", "<u4"),
+        ("checksum", "<u4"),
+        ("line_checksum", "<u4"),
+    ]
+)
+_LINE_BODY = _LINE.itemsize - 4
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a record is.
+
+    Args:
+        part: number of the file.
+        offset: of its first byte.
+        size: in bytes.
+        num_positions: that it keeps.
+        positions: a checksum of which they are.
+        checksum: of its bytes.
+    """
+
+    part: int
+    offset: int
+    size: int
+    num_positions: int
+    positions: int
+    checksum: int
+
+
+def positions_checksum(positions_n: np.ndarray) -> int:
+    """A number that says which positions these are."""
+    return zlib.crc32(positions_n.astype("<i8").tobytes())
+
+
+def _files(directory: Path, part: int) -> tuple[Path, Path]:
+    return directory / f"part-{part:05}.data", directory / f"part-{part:05}.index"
+
+
+def _read_index(file: Path) -> tuple[np.ndarray, int]:
+    """The lines that are whole, up to the first that is not, and how many bytes of the file they are."""
+    content = file.read_bytes() if file.exists() else b""
+    size = _LINE.itemsize
+    for start in range(0, len(content), size):
+        line = content[start : start + size]
+        if len(line) < size or zlib.crc32(line[:_LINE_BODY]) != int.from_bytes(line[_LINE_BODY:], "little"):
+            content = content[:start]
+            break
+    return np.frombuffer(content, _LINE), len(content)
+
+
+class Writer:
+    """Adds records to a part of a store.
+
+    Args:
+        directory: of the store.
+        part: number of the file, one for each process.
+
+    Raises:
+        ConfigError: another process adds to it.
+    """
+
+    def __init__(self, directory: Path, part: int) -> None:
+        self._directory = directory
+        data, index = _files(directory, part)
+        self._data, self._index = data.open("ab"), index.open("ab")
+        self._lock(directory)
+        lines, num_bytes = _read_index(index)
+        self._offset = int(lines[-1]["offset"]) + int(lines[-1]["size"]) if len(lines) else 0
+        if data.stat().st_size < self._offset:
+            raise StorageError(f"{data} is shorter than {index} says: remove both, and run cache_teacher again")
+        self._data.truncate(self._offset)
+        self._index.truncate(num_bytes)
+        self._waiting: list[bytes] = []
+
+    def _lock(self, directory: Path) -> None:
+        try:
+            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._index.close()
+            self._data.close()
+            wanted = "a cache that no other process is writing to"
+            raise ConfigError(Problem("teacher.path", str(directory), wanted, "Wait for it, or stop it")) from error
+
+    def add(self, key: bytes, positions_n: np.ndarray, record: bytes) -> None:
+        """Add a record, which counts after the next :meth:`commit`."""
+        with explain_disk_errors(self._directory):
+            self._data.write(record)
+        numbers = (self._offset, len(record), len(positions_n), positions_checksum(positions_n), zlib.crc32(record), 0)
+        line = np.array((key, *numbers), _LINE).tobytes()
+        self._waiting.append(line[:_LINE_BODY] + zlib.crc32(line[:_LINE_BODY]).to_bytes(4, "little"))
+        self._offset += len(record)
+
+    def commit(self) -> None:
+        """Make what has been added count."""
+        with explain_disk_errors(self._directory):
+            _sync(self._data)
+            self._index.write(b"".join(self._waiting))
+            self._waiting = []
+            _sync(self._index)
+
+    def close(self) -> None:
+        """Commit, and let others write."""
+        self.commit()
+        self._index.close()
+        self._data.close()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class Store:
+    """Records by key.
+
+    Args:
+        directory: of its files; it may have none yet.
+
+    Raises:
+        StorageError: a file is shorter than its index says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+        self._entries: dict[bytes, Entry] = {}
+        self._directory = directory
+        for index in sorted(directory.glob("part-*.index")):
+            self._add_part(index)
+
+    def _add_part(self, index: Path) -> None:
+        part = int(index.stem.removeprefix("part-"))
+        lines, _ = _read_index(index)
+        if not len(lines):
+            return
+        with _files(self._directory, part)[0].open("rb") as file:
+            self._maps[part] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        last = lines[-1]
+        if len(self._maps[part]) < last["offset"] + last["size"]:
+            remedy = "remove both, and run cache_teacher again, which computes only what is missing"
+            raise StorageError(f"{file.name} is shorter than {index} says: {remedy}")
+        for line in lines:
+            key, *numbers, _ = line.tolist()
+            entry = Entry(part, *numbers)
+            known = self._entries.get(key)
+            if known is None or known.num_positions <= entry.num_positions:
+                self._entries[key] = entry
+
+    def __len__(self) -> int:
+        """How many keys."""
+        return len(self._entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all records and their lines."""
+        return sum(entry.size + _LINE.itemsize for entry in self._entries.values())
+
+    @property
+    def num_positions(self) -> int:
+        """Of all records."""
+        return sum(entry.num_positions for entry in self._entries.values())
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The keys, in no order."""
+        return iter(self._entries)
+
+    def find(self, key: bytes) -> Entry | None:
+        """Where the record of a key is; None where there is none."""
+        return self._entries.get(key)
+
+    def read(self, entry: Entry) -> memoryview:
+        """A record.
+
+        Raises:
+            StorageError: it is not what was written.
+        """
+        record = memoryview(self._maps[entry.part])[entry.offset : entry.offset + entry.size]
+        if zlib.crc32(record) != entry.checksum:
+            data, index = _files(self._directory, entry.part)
+            remedy = f"Remove it and {index.name}, and run cache_teacher again, which computes only what is missing"
+            raise StorageError(f"{data} is damaged at byte {entry.offset}: its checksum differs. {remedy}")
+        return record
+
+    def damage(self) -> list[str]:
+        """What is wrong with records, all of which are read."""
+        found = []
+        for entry in self._entries.values():
+            try:
+                self.read(entry)
+            except StorageError as error:
+                found.append(str(error))
+        return found
