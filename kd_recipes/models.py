@@ -286,7 +286,7 @@ def model_section(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: another ``model_type`` than llama and qwen2, or a variant that torchtune's builders cannot build.
     """
-    rope = _rope(hf_config)
+    rope = rope_settings(hf_config)
     problems = _unsupported(hf_config, rope)
     if problems:
         raise ConfigError(*problems)
@@ -333,7 +333,7 @@ def checkpointer_model_type(hf_config: Mapping[str, Any]) -> str:
     return types[model_type]
 
 
-def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's settings: transformers 4 keeps them in ``rope_theta`` and ``rope_scaling``, 5 in ``rope_parameters``."""
     settings = {"rope_type": "default", "rope_theta": hf_config.get("rope_theta", 10_000.0)}
     for name in ("rope_scaling", "rope_parameters"):

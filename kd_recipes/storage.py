@@ -132,6 +132,27 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that becomes ``path`` when the block succeeds; else it is as it was.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_stale(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
     """Yield a hidden sibling of ``path`` for what is needed on the way to it; it is removed in any case.
 
@@ -177,8 +198,10 @@ def _clean_stale(path: Path, kinds: Sequence[str] = ("tmp", "old")) -> None:
             continue
         if kind == "old" and not path.exists():
             stale.rename(path)
-        else:
+        elif stale.is_dir():
             shutil.rmtree(stale)
+        else:
+            stale.unlink()
 
 
 def _is_another_live_process(pid: int) -> bool:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kd_recipes.compression.checkpoint import RECORD
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.gguf_format.names import ROPE_DIVISORS, hf_name, tensor_shapes
 from kd_recipes.importing import gguf_config, gguf_tokenizer
 from kd_recipes.storage import (
     TensorSpec,
@@ -66,7 +67,7 @@ def import_gguf(gguf_file: Path, output_dir: Path, *, dtype: torch.dtype = torch
     model = open_gguf(gguf_file)
     config = _config(model, dtype)
     tokenizer = gguf_tokenizer.read_tokenizer(model.metadata)
-    specs = [TensorSpec(name, dtype, shape) for name, shape in gguf_config.tensor_shapes(config).items()]
+    specs = [TensorSpec(name, dtype, shape) for name, shape in tensor_shapes(config).items()]
     num_bytes = sum(spec.num_bytes for spec in specs)
     require_free_space(output_dir, num_bytes + _TOKENIZER_BYTES, key="output_dir")
     with atomic_directory(output_dir) as directory:
@@ -109,7 +110,7 @@ def _config(model: GGUFModel, dtype: torch.dtype) -> dict[str, Any]:
     tensors = dict(model.tensors)
     if "token_embd.weight" not in tensors:
         raise ConfigError(Problem("gguf_file", "no tensor token_embd.weight", "a whole language model"))
-    divisors = tensors.pop("rope_freqs.weight", None)
+    divisors = tensors.pop(ROPE_DIVISORS, None)
     config = gguf_config.hf_config(
         model.metadata,
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
@@ -117,7 +118,7 @@ def _config(model: GGUFModel, dtype: torch.dtype) -> dict[str, Any]:
         dtype=str(dtype).removeprefix("torch."),
     )
     # GGUF gives the fastest-varying axis first, torch last
-    shapes = {gguf_config.hf_name(name) or name: tuple(map(int, t.shape))[::-1] for name, t in tensors.items()}
+    shapes = {hf_name(name) or name: tuple(map(int, t.shape))[::-1] for name, t in tensors.items()}
     gguf_config.check_tensors(shapes, config)
     _check_quantizations(tensors)
     if divisors is not None and (scaling := gguf_config.llama3_rope_scaling(_dequantize(divisors), config)):
@@ -155,7 +156,7 @@ def _dequantize(tensor: Any) -> npt.NDArray[np.float32]:
 
 def _tensors(model: GGUFModel, config: Mapping[str, Any], specs: Sequence[TensorSpec]) -> Iterator[torch.Tensor]:
     """The tensors in the order of ``specs``, each dequantized when it is asked for."""
-    by_hf_name = {gguf_config.hf_name(name): tensor for name, tensor in model.tensors.items()}
+    by_hf_name = {hf_name(name): tensor for name, tensor in model.tensors.items()}
     for spec in tqdm(specs, desc="Dequantizing", unit="tensor"):
         yield _convert(by_hf_name[spec.name], spec, config)
 

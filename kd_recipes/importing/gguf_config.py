@@ -7,7 +7,6 @@ Shapes: L blocks, D hidden, F feed-forward, H heads, K key-value heads, E head w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,27 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_recipes.errors import ConfigError, Problem
-
-# GGUF architecture -> (config.json's model_type, its class)
-ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM")}
-
-_BLOCK_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-
-# Meta's published RoPE scaling; a GGUF keeps only the divisors that follow from it.
-_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_CONTEXT = 1.0, 4.0, 8192
+from kd_recipes.gguf_format.names import (
+    ARCHITECTURES,
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    ORIGINAL_CONTEXT,
+    llama3_divisors,
+    tensor_shapes,
+)
 
 
 def hf_config(metadata: Mapping[str, Any], *, vocab_size: int, is_tied: bool, dtype: str) -> dict[str, Any]:
@@ -146,61 +132,16 @@ def llama3_rope_scaling(divisors: npt.NDArray[np.float32], config: Mapping[str, 
     factor = float(divisors.max())
     if np.all(divisors == 1.0):
         return None
-    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
-    smooth = (_ORIGINAL_CONTEXT / wavelengths - _LOW_FREQ_FACTOR) / (_HIGH_FREQ_FACTOR - _LOW_FREQ_FACTOR)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    expected = llama3_divisors(factor, config["rope_theta"], config["head_dim"])
     if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4):
         raise _refuse("rope_freqs.weight", "frequencies scaled in another way", "Llama 3's RoPE scaling, or none")
     return {
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": _LOW_FREQ_FACTOR,
-        "high_freq_factor": _HIGH_FREQ_FACTOR,
-        "original_max_position_embeddings": _ORIGINAL_CONTEXT,
+        "low_freq_factor": LOW_FREQ_FACTOR,
+        "high_freq_factor": HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": ORIGINAL_CONTEXT,
     }
-
-
-def hf_name(gguf_name: str) -> str | None:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; None for a name we do not know."""
-    top = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-    prefix, _, rest = gguf_name.partition(".")
-    if prefix != "blk":
-        return top.get(gguf_name)
-    block, _, part = rest.partition(".")
-    return f"model.layers.{block}.{_BLOCK_NAMES[part]}" if part in _BLOCK_NAMES else None
-
-
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face checkpoint that ``config`` describes."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key = config["num_key_value_heads"] * config["head_dim"]
-    block: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config["model_type"] == "qwen2":
-        widths = {"q": query, "k": key, "v": key}
-        block |= {f"self_attn.{name}_proj.bias": (width,) for name, width in widths.items()}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for index in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
 
 
 def check_tensors(found: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> None:

@@ -13,31 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.gguf_format.splitting import PRE_TOKENIZERS, byte_level_tokenizer
 from kd_recipes.storage import write_json
 
 # GGUF's token types
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
-
-_LETTERS_AND_SPACE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# llama.cpp's name -> family; names in one family share one regular expression there.
-_PRE_TOKENIZERS = {
-    "gpt-2": "gpt2",
-    "default": "gpt2",
-    "smollm": "smollm",
-    "starcoder": "smollm",
-    "refact": "smollm",
-    "qwen2": "qwen2",
-    "deepseek-r1-qwen": "qwen2",
-    "llama-bpe": "llama3",
-    "llama3": "llama3",
-    "llama-v3": "llama3",
-}
 
 
 @dataclass(frozen=True)
@@ -97,11 +80,11 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> ImportedTokenizer:
 
 def _family(metadata: Mapping[str, Any]) -> str:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
-        raise ConfigError(Problem("gguf_file: tokenizer.ggml.pre", name, f"one of {', '.join(_PRE_TOKENIZERS)}"))
+    if name not in PRE_TOKENIZERS:
+        raise ConfigError(Problem("gguf_file: tokenizer.ggml.pre", name, f"one of {', '.join(PRE_TOKENIZERS)}"))
     if name == "default":
         warnings.warn("the GGUF does not name its pre-tokenizer: GPT-2's is used, which may be wrong", stacklevel=3)
-    return _PRE_TOKENIZERS[name]
+    return PRE_TOKENIZERS[name]
 
 
 def _vocabulary(tokens: Sequence[str], metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -117,32 +100,6 @@ def _vocabulary(tokens: Sequence[str], metadata: Mapping[str, Any]) -> dict[str,
 def _stored_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     return [(left, right) for left, right in pairs]
-
-
-def byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], family: str) -> Tokenizer:
-    """A byte-level BPE tokenizer.
-
-    Args:
-        vocab: token text (in GPT-2's byte alphabet) -> id.
-        merges: pairs in order of priority.
-        family: ``gpt2``, ``smollm``, ``qwen2`` or ``llama3``: how text is split before merging.
-    """
-    # Llama 3 takes a word that is a token as it is, even where no sequence of merges leads to it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3"))
-    if family == "gpt2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif family == "smollm":
-        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    else:
-        digits = r"\p{N}" if family == "qwen2" else r"\p{N}{1,3}"
-        split = pre_tokenizers.Split(Regex(_LETTERS_AND_SPACE % digits), "isolated")
-        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if family == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def merges_from_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:

@@ -1,0 +1,156 @@
+"""Write a finished student as the files that end devices load, and compare each with the student.
+
+Each file is loaded by the program that it is for, in a process of its own, and asked the same prompts as the student:
+logits, greedy text, speed, memory. The table is printed and written to ``output_dir`` as export.md and export.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from kd_recipes.compression import read_checkpoint
+from kd_recipes.compression.checkpoint import file_stamps
+from kd_recipes.config import Key, is_positive
+from kd_recipes.errors import ConfigError, Problem, RunError, gather
+from kd_recipes.exporting.formats import FORMATS, Format
+from kd_recipes.exporting.probe import Answers, ProbeFailedError, ask, compare
+from kd_recipes.exporting.runtimes import Student
+from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
+from kd_recipes.tokenizers import hf_tokenizer
+
+PROMPTS = (
+    "The Amazon rainforest is",
+    "A prime number is a natural number greater than 1 that",
+    "To make bread, you need flour, water and",
+    "In 1969 the first people",
+)
+_RECORD = "export.json"
+_HEAD = (
+    *("", "size, MB", "KL", "largest difference", "agreement", "same texts"),
+    *("load, s", "prefill", "decode", "peak, MB"),
+)
+_EXACT = {"hf", "hf_fp32", "gguf_f32", "torch_export", "aoti"}  # which hold the student's own numbers
+_MOST_KL = 0.01  # nats a token that programs which compute with the same numbers may be apart
+
+KEYS = (
+    Key("recipe", "str", wanted="`export`"),
+    Key("checkpoint_dir", "path", required=True, wanted="the Hugging Face directory of the student"),
+    Key("output_dir", "path", required=True, wanted="a directory for the files"),
+    Key("formats", "list", required=True, wanted=f"some of {', '.join(FORMATS)}"),
+    Key("prompts", "list", wanted="texts that student and files are asked; four sentences' beginnings by default"),
+    Key("num_new_tokens", "int", default=32, wanted="tokens of the greedy texts, above 1", check=lambda n: n > 1),
+    Key("max_seq_len", "int", default=2048, wanted="longest sequence that a graph takes, above 0", check=is_positive),
+)
+
+
+def main(cfg: DictConfig) -> None:
+    """Export ``cfg.checkpoint_dir`` in all of ``cfg.formats``.
+
+    Raises:
+        ConfigError: what cannot be written, and why; nothing has been then.
+        RunError: a file that its program does not load, or that does not answer as the student does.
+    """
+    output_dir = Path(cfg.output_dir)
+    source, tokenizer, formats = gather(
+        lambda: read_checkpoint(Path(cfg.checkpoint_dir)),
+        lambda: hf_tokenizer(str(cfg.checkpoint_dir)),
+        lambda: _formats(cfg.formats),
+    )
+    if problems := [problem for form in formats for problem in form.problems(source)]:
+        raise ConfigError(*problems)
+    texts, num_new = list(cfg.prompts or PROMPTS), int(cfg.num_new_tokens)
+    made_of = {"stamps": file_stamps(source.directory), "prompts": texts, "num_new_tokens": num_new}
+    done = _done(output_dir, made_of)
+    max_seq_len = min(int(cfg.max_seq_len), int(source.config["max_position_embeddings"]))
+    prompts = [tokenizer.encode(text, add_eos=False) for text in texts]
+    student: Answers | None = None
+    with explain_disk_errors(output_dir):
+        for form in (progress := tqdm(formats, "export", unit="format")):
+            progress.set_postfix_str(form.name)
+            path = output_dir / form.path
+            if form.name in done and path.exists():
+                continue
+            form.write(source, path, max_seq_len)
+            student = student or _ask(Student, source.directory, prompts, num_new, "student")
+            answers = _ask(form.runtime, path, prompts, num_new, form.name)
+            done[form.name] = _figures(form, path, student, answers, tokenizer.vocab_size)
+            done.setdefault("student", _cost(source.directory, student))
+            write_json(output_dir / _RECORD, {"made_of": made_of, "formats": done})
+    table = _table(done)
+    (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    _require_alike(done)
+
+
+def _formats(names: Sequence[str]) -> list[Format]:
+    problems = [Problem("formats", name, f"some of {', '.join(FORMATS)}") for name in names if name not in FORMATS]
+    if problems or not names:
+        raise ConfigError(*problems or [Problem("formats", [], f"some of {', '.join(FORMATS)}")])
+    return [FORMATS[name] for name in names]
+
+
+def _done(output_dir: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """The formats that are there already, of the same student."""
+    record = output_dir / _RECORD
+    if not record.is_file():
+        require_vacant(output_dir)
+        return {}
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return dict(found["formats"]) if found["made_of"] == json.loads(json.dumps(made_of)) else {}
+
+
+def _ask(runtime: Any, path: Path, prompts: Sequence[Sequence[int]], num_new: int, name: str) -> Answers:
+    try:
+        return ask(runtime, path, prompts, num_new)
+    except ProbeFailedError as error:
+        raise RunError(f"{name}: {path} cannot be loaded by the program it is for: {error}") from error
+
+
+def _figures(form: Format, path: Path, student: Answers, answers: Answers, num_ids: int) -> dict[str, Any]:
+    return {**asdict(compare(student, answers, num_ids)), **_cost(path, answers)}
+
+
+def _cost(path: Path, answers: Answers) -> dict[str, Any]:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    names = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+    num_bytes = sum(file.stat().st_size for file in files)
+    return {"num_bytes": num_bytes, **{name: getattr(answers, name) for name in names}}
+
+
+def _table(done: Mapping[str, Any]) -> str:
+    return "\n".join(["| " + " | ".join(_HEAD) + " |", "|---" + "|---:" * (len(_HEAD) - 1) + "|", *_rows(done)])
+
+
+def _rows(done: Mapping[str, Any]) -> Iterator[str]:
+    """Speeds over the student's."""
+    reference = done["student"]
+    for name, found in sorted(done.items(), key=lambda item: item[0] != "student"):
+        speeds = [
+            f"{found[key] / reference[key]:.2f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
+        ]
+        alike = ["", "", "", ""]
+        if "kl" in found:
+            texts = f"{found['same_continuations']} of {found['num_continuations']}"
+            alike = [f"{found['kl']:.2g}", f"{found['max_difference']:.2g}", f"{found['agreement']:.1%}", texts]
+        size, peak = (f"{found[key] / 1e6:.0f}" for key in ("num_bytes", "peak_memory_bytes"))
+        yield "| " + " | ".join([name, size, *alike, f"{found['load_seconds']:.1f}", *speeds, peak]) + " |"
+
+
+def _require_alike(done: Mapping[str, Any]) -> None:
+    wrong = {name: found["kl"] for name, found in done.items() if name in _EXACT and not found["kl"] < _MOST_KL}
+    if wrong:
+        said = ", ".join(f"{name} (KL {kl:.2g})" for name, kl in wrong.items())
+        raise RunError(f"these hold the student's numbers and do not answer as it does: {said}")
+
+
+if __name__ == "__main__":
+    from kd_recipes.entry import run_recipe
+
+    raise SystemExit(run_recipe("export"))

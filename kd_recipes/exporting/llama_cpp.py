@@ -1,0 +1,39 @@
+"""llama.cpp's own quantizer, for the kinds whose blocks the gguf package cannot make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from kd_recipes.compression.checkpoint import HFCheckpoint
+from kd_recipes.exporting.gguf import write_gguf
+from kd_recipes.storage import atomic_file
+
+# Our name -> llama.cpp's enum llama_ftype.
+_NAMES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
+KINDS = {name.lower(): f"LLAMA_FTYPE_MOSTLY_{name}" for name in _NAMES}
+
+
+def quantize(source: HFCheckpoint, file: Path, kind: str) -> None:
+    """Write a file with 16-bit numbers, and let llama.cpp round it.
+
+    Args:
+        source: the checkpoint.
+        file: to write.
+        kind: one of :data:`KINDS`. Where its blocks of 256 do not divide a matrix's inputs llama.cpp takes others.
+
+    Raises:
+        ImportError: llama-cpp-python is not installed.
+        RuntimeError: llama.cpp refuses.
+    """
+    import llama_cpp
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=".rounding-") as scratch, atomic_file(file) as unfinished:
+        whole = Path(scratch, "whole.gguf")
+        write_gguf(source, whole, "f32" if source.schemes else "trained")
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = getattr(llama_cpp, KINDS[kind])
+        status = llama_cpp.llama_model_quantize(str(whole).encode(), str(unfinished).encode(), settings)
+        if status != 0:
+            raise RuntimeError(f"llama.cpp could not write {file.name} (status {status})")
