@@ -64,6 +64,18 @@ def within(section: str, check: Callable[[], T]) -> T:
         raise ConfigError(*whole) from error
 
 
+def renamed(key: str, check: Callable[[], T]) -> T:
+    """The result of a check that speaks of a setting by another name than the config's.
+
+    Raises:
+        ConfigError: the check's own, about ``key``.
+    """
+    try:
+        return check()
+    except ConfigError as error:
+        raise ConfigError(*(replace(problem, key=key) for problem in error.problems)) from error
+
+
 def gather(*checks: Callable[[], Any]) -> list[Any]:
     """The results of all checks.
 

@@ -1,7 +1,8 @@
 """Compare models on the same text, prompts and tasks: what each is worth beside a reference, and what it costs.
 
-Each model is a Hugging Face directory, as the other recipes leave them. Writes report.html, evaluation.md and
-evaluation.json to ``output_dir``. An evaluation that was cut off goes on with the models that are not done.
+Each model is a Hugging Face directory, as the other recipes leave them, a GGUF file, or a ``model`` and a
+``checkpointer`` of torchtune's. Writes report.html, evaluation.md and evaluation.json to ``output_dir``. An evaluation
+that was cut off goes on with the models that are not done.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,16 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes.batch import Batch
-from kd_recipes.compression import sections
-from kd_recipes.compression.checkpoint import file_stamps
 from kd_recipes.config import Key, is_positive, without_environment
-from kd_recipes.errors import ConfigError, Problem, gather, one_line
+from kd_recipes.errors import ConfigError, Problem, gather, renamed
 from kd_recipes.evaluation.behaviour import beginnings
 from kd_recipes.evaluation.model import Questions, Reference, evaluate_model
 from kd_recipes.evaluation.provenance import made_by, runs_of
 from kd_recipes.evaluation.report import write_report
 from kd_recipes.evaluation.results import Evaluation, ModelResult
+from kd_recipes.evaluation.sources import WANTED, Source, find_source, is_gguf, of_gguf
 from kd_recipes.evaluation.tasks import check_tasks
+from kd_recipes.importing.gguf import import_gguf, open_gguf
 from kd_recipes.parts import build, load_model
 from kd_recipes.storage import write_json
 from kd_recipes.tokenizers import token_ids
@@ -42,7 +43,7 @@ from kd_recipes.training.preflight import check_tokenizer
 KEYS = (
     Key("recipe", "str", wanted="`evaluate`"),
     Key("output_dir", "path", required=True, wanted="a directory for the report"),
-    Key("models", "mapping", required=True, wanted="name: directory of a Hugging Face checkpoint, for each model"),
+    Key("models", "mapping", required=True, wanted=f"name: {WANTED}, for each model"),
     Key("reference", "str", wanted="the name of the model that the others are measured against; the first by default"),
     Key("tokenizer", "component", required=True),
     Key("dataset", "components", required=True, args=1, wanted="text that none of the models was trained on"),
@@ -75,18 +76,18 @@ def main(cfg: DictConfig) -> None:
         ConfigError: what is wrong with the config and the files it names.
     """
     device = local_device(cfg.device)
-    directories = {str(name): Path(path) for name, path in cfg.models.items()}
-    gather(*(partial(_read_sections, name, path) for name, path in directories.items()))
-    reference = cfg.reference or next(iter(directories))
-    if reference not in directories:
-        raise ConfigError(Problem("reference", reference, f"one of {', '.join(directories)}"))
-    _require_one_vocabulary(directories, reference)
+    gather(*(partial(_check, f"models.{name}", value) for name, value in cfg.models.items()))
+    reference = cfg.reference or str(next(iter(cfg.models)))
+    if reference not in cfg.models:
+        raise ConfigError(Problem("reference", reference, f"one of {', '.join(cfg.models)}"))
     tasks = [str(task) for task in cfg.tasks or ()]
     if tasks:
         check_tasks(tasks, cfg.num_fewshot)
     cfg.dtype = dtype_name(resolve_dtype(cfg.dtype, device))  # one for all models
     tokenizer = build("tokenizer", cfg.tokenizer)
     parallel = Parallel.start(device, timeout=cfg.distributed_timeout)
+    sources = {str(name): _source(str(name), value, cfg, parallel) for name, value in cfg.models.items()}
+    _require_one_vocabulary(sources, reference)
     text = _text(cfg, tokenizer, device)
     questions = Questions(
         tokenizer=tokenizer,
@@ -96,36 +97,64 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in ("max_task_items", "num_fewshot", "max_new_tokens", "seed")},
         gather=parallel.each,
     )
-    results = _evaluate_all(cfg, directories, reference, questions, parallel)
+    results = _evaluate_all(cfg, sources, reference, questions, parallel)
     if parallel.is_main:
         config: Any = OmegaConf.to_container(without_environment(cfg))
         origin = made_by(config, cfg.seed, text)
-        evaluation = Evaluation([results[name] for name in directories], reference, runs_of(directories), origin)
+        runs = runs_of({name: source.place for name, source in sources.items()})
+        evaluation = Evaluation([results[name] for name in sources], reference, runs, origin)
         files = write_report(evaluation, Path(cfg.output_dir))
         print("\n" + (Path(cfg.output_dir) / "evaluation.md").read_text(encoding="utf-8"))
         print("Wrote " + ", ".join(str(file) for file in files))
     parallel.stop()
 
 
+def _check(key: str, value: Any) -> None:
+    if is_gguf(value):
+        renamed(key, lambda: open_gguf(Path(value)))
+    else:
+        find_source(key, value)
+
+
+def _source(name: str, value: Any, cfg: DictConfig, parallel: Parallel) -> Source:
+    """A model that can be loaded; a GGUF file is imported once, beside what has been found of it."""
+    key = f"models.{name}"
+    if not is_gguf(value):
+        return find_source(key, value)
+    file, imported = Path(value), Path(cfg.output_dir) / "imported" / name
+    parallel.on_main(lambda: renamed(key, lambda: _import(file, imported, cfg.dtype)))
+    return of_gguf(key, file, imported)
+
+
+def _import(file: Path, imported: Path, dtype: str) -> None:
+    stamp = {"size": file.stat().st_size, "time": file.stat().st_mtime_ns, "dtype": dtype}
+    record = imported.with_name(f"{imported.name}.json")
+    if imported.is_dir() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == stamp:
+        return
+    shutil.rmtree(imported, ignore_errors=True)
+    import_gguf(file, imported, dtype=DTYPES[dtype])
+    write_json(record, stamp)
+
+
 def _evaluate_all(
-    cfg: DictConfig, directories: dict[str, Path], reference: str, questions: Questions, parallel: Parallel
+    cfg: DictConfig, sources: dict[str, Source], reference: str, questions: Questions, parallel: Parallel
 ) -> dict[str, ModelResult]:
     """The results by name; those that an evaluation cut off has left are taken from it."""
     done = Path(cfg.output_dir) / "models"
     states = Path(cfg.output_dir) / ".reference"
-    keys = {name: _key(cfg, path) for name, path in directories.items()}
+    keys = {name: _key(cfg, source) for name, source in sources.items()}
     results = parallel.each({name: found for name in keys if (found := _read(done / f"{name}.json", keys[name]))})[0]
     against: Reference | None = None
     if reference not in results:
         results = {}  # they are measured against it
-    elif len(results) < len(directories):
-        model = _load(cfg, reference, directories[reference], questions)
+    elif len(results) < len(sources):
+        model = _load(cfg, reference, sources[reference], questions)
         against = Reference.of(model, states / keys[reference], results[reference])
-    for name in [reference, *(other for other in directories if other != reference)]:
+    for name in [reference, *(other for other in sources if other != reference)]:
         if name in results:
             continue
-        model = _load(cfg, name, directories[name], questions)
-        found, against = evaluate_model(name, directories[name], model, questions, against, states / keys[reference])
+        model = _load(cfg, name, sources[name], questions)
+        found, against = evaluate_model(name, sources[name], model, questions, against, states / keys[reference])
         results[name] = found
         if parallel.is_main:
             done.mkdir(parents=True, exist_ok=True)
@@ -135,10 +164,10 @@ def _evaluate_all(
     return results
 
 
-def _key(cfg: DictConfig, directory: Path) -> str:
+def _key(cfg: DictConfig, source: Source) -> str:
     """Another one where a result would be another one: the settings, and the files of the model."""
     asked = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in ("models", "output_dir")}  # type: ignore[union-attr]
-    described = json.dumps([asked, str(directory.absolute()), file_stamps(directory)], sort_keys=True)
+    described = json.dumps([asked, source.stamps], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
@@ -150,11 +179,10 @@ def _read(file: Path, key: str) -> ModelResult | None:
         return None
 
 
-def _load(cfg: DictConfig, name: str, directory: Path, questions: Questions) -> TransformerDecoder:
+def _load(cfg: DictConfig, name: str, source: Source, questions: Questions) -> TransformerDecoder:
     """A model that can be asked all the questions."""
-    found = _read_sections(name, directory)
     dtype, device = DTYPES[cfg.dtype], local_device(cfg.device)
-    model = load_model(f"models.{name}", found.model, found.checkpointer, dtype=dtype, device=device).model.eval()
+    model = load_model(f"models.{name}", source.model, source.checkpointer, dtype=dtype, device=device).model.eval()
     check_tokenizer(questions.tokenizer, model.tok_embeddings.num_embeddings, model.max_seq_len)
     longest = max((batch.tokens_BS.shape[1] for _, batch in questions.text), default=0)
     if longest > model.max_seq_len:
@@ -163,10 +191,10 @@ def _load(cfg: DictConfig, name: str, directory: Path, questions: Questions) -> 
     return model.requires_grad_(False)
 
 
-def _require_one_vocabulary(directories: dict[str, Path], reference: str) -> None:
-    expected = token_ids(directories[reference])
-    for name, directory in directories.items():
-        found = token_ids(directory)
+def _require_one_vocabulary(sources: dict[str, Source], reference: str) -> None:
+    expected = token_ids(sources[reference].directory)
+    for name, source in sources.items():
+        found = token_ids(source.directory)
         if expected is not None and found is not None and found != expected:
             token, _ = min(set(found.items()) ^ set(expected.items()), key=lambda item: item[1])
             got = f"{token!r} is {found.get(token)}, and {expected.get(token)} in {reference}"
@@ -192,19 +220,6 @@ def _prompts(cfg: DictConfig, tokenizer: Any, text: list[Batch]) -> list[list[in
     if cfg.prompts is not None:
         return [tokenizer.encode(str(prompt), add_eos=False) for prompt in cfg.prompts]
     return beginnings(text, cfg.num_prompts, _PROMPT)
-
-
-def _read_sections(name: str, directory: Path) -> DictConfig:
-    """The model and its weights, as a recipe's config has them."""
-    wanted = "a Hugging Face checkpoint directory"
-    if not (directory / "config.json").is_file():
-        raise ConfigError(Problem(f"models.{name}", str(directory), wanted))
-    try:
-        return sections(directory)  # type: ignore[no-any-return]
-    except ConfigError as error:
-        raise ConfigError(*(replace(problem, key=f"models.{name}") for problem in error.problems)) from error
-    except (KeyError, TypeError) as error:
-        raise ConfigError(Problem(f"models.{name}", str(directory), wanted, one_line(error))) from error
 
 
 if __name__ == "__main__":

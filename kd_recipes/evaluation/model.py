@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.compression.checkpoint import read_checkpoint, weight_files
 from kd_recipes.evaluation.cost import measure_cost
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
 from kd_recipes.evaluation.generation import generate, text_of, with_texts
 from kd_recipes.evaluation.measure import Numbered, bytes_counter, change, measure_text
 from kd_recipes.evaluation.reference import StoredReference
 from kd_recipes.evaluation.results import ModelResult, Sample
+from kd_recipes.evaluation.sources import Source
 from kd_recipes.evaluation.tasks import compare_tasks, run_tasks
 from kd_recipes.signals import DenseSignal
 
@@ -73,7 +73,7 @@ class Reference:
 
 def evaluate_model(
     name: str,
-    directory: Path,
+    source: Source,
     model: TransformerDecoder,
     questions: Questions,
     reference: Reference | None,
@@ -83,7 +83,7 @@ def evaluate_model(
 
     Args:
         name: of the model.
-        directory: of its checkpoint.
+        source: that it comes from.
         model: with its weights and its head.
         questions: what it is asked.
         reference: None if it is the reference.
@@ -92,9 +92,7 @@ def evaluate_model(
     Returns:
         The result, and the reference: the one given, or what the model is as one.
     """
-    cost = measure_cost(
-        model, num_bytes=sum(path.stat().st_size for path in weight_files(directory)), seed=questions.seed
-    )
+    cost = measure_cost(model, num_bytes=source.num_bytes, seed=questions.seed)
     samples, diversity = _continuations(model, questions, name)
     tasks = {}
     if questions.tasks:
@@ -116,7 +114,7 @@ def evaluate_model(
         count_bytes=bytes_counter(questions.tokenizer),
         gather=questions.gather,
     )
-    result = ModelResult(name, str(directory), describe(directory), cost, text, tasks, samples, diversity)
+    result = ModelResult(name, str(source.place), source.description, cost, text, tasks, samples, diversity)
     if reference.result is None:
         return result, replace(reference, result=result)
     return beside(result, reference.result), reference
@@ -127,22 +125,6 @@ def beside(result: ModelResult, reference: ModelResult) -> ModelResult:
     text = replace(result.text, change=change(result.text, reference.text))
     tasks = {name: compare_tasks(task, reference.tasks[name]) for name, task in result.tasks.items()}
     return replace(result, text=text, tasks=tasks)
-
-
-def describe(directory: Path) -> str:
-    """A checkpoint's architecture in a line, by its config.json."""
-    checkpoint = read_checkpoint(directory)
-    config: Mapping[str, Any] = checkpoint.config
-    heads = f"{config['num_attention_heads']}/{config.get('num_key_value_heads', config['num_attention_heads'])} heads"
-    parts = [
-        f"{config['num_hidden_layers']} blocks",
-        f"{config['hidden_size']} wide",
-        f"{config['intermediate_size']} neurons",
-        heads,
-        *(["low-rank"] if checkpoint.ranks else []),
-        *sorted(set(checkpoint.schemes.values())),
-    ]
-    return ", ".join(parts)
 
 
 def _of(signal: Callable[[Batch], DenseSignal], _number: int, batch: Batch) -> DenseSignal:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig
 from kd_recipes import _torchtune
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
-from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
+from kd_recipes.parts import CHECKPOINTERS, build_model, checkpoint_files, find_device
 from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
@@ -96,16 +96,6 @@ def _check_model(cfg: DictConfig, key: str, checkpointer: str, tokenizer: Any) -
             raise ConfigError(Problem(key, cfg[key]._component_, wanted, remedy))
     check_tokenizer(tokenizer, size.num_rows, size.max_seq_len, model=key)
     return size
-
-
-def checkpoint_files(section: DictConfig) -> list[Path]:
-    """The files that a checkpointer section names, as paths."""
-    files = section.checkpoint_files
-    if isinstance(files, DictConfig):  # {filename_format: model-{}-of-{}.safetensors, max_filename: "00004"}
-        last = str(files.max_filename)
-        numbers = (str(number).zfill(len(last)) for number in range(1, int(last) + 1))
-        files = [files.filename_format.format(number, last) for number in numbers]
-    return [Path(section.checkpoint_dir) / str(name) for name in files]
 
 
 def _specs(section: DictConfig) -> dict[str, TensorSpec]:

@@ -5,10 +5,13 @@
 cores; what has been done is not done again, and names on the command line choose rows:
 
     python tests/benchmarks/compression.py [ROW …]
+
+Rows are independent of each other: several processes with `--no-evaluation` can make some each, before one evaluates.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from kd_recipes.config import find_config
 ROOT = Path("runs/bench/compression")
 TEACHER = Path("runs/quickstart/teacher")
 STEPS = 30
+LEAST_LOSS = 0.01  # bits a byte, of which a share is said to be taken back
 TUNE = str(Path(sys.executable).with_name("tune"))
 # Other packages on the same model and text: neurons by torch-pruning, 4 and 2 bits by torchao alone and llm-compressor.
 PEERS = Path("runs/bench/peers")
@@ -151,42 +155,72 @@ def peer(name: str) -> Path:
     return directory
 
 
-def evaluate(models: dict[str, Path]) -> str:
+def evaluate(models: dict[str, Path]) -> dict[str, Any]:
     """All models on the same text, with the teacher; what has been measured is not measured again."""
     config = OmegaConf.load(find_config("quickstart_evaluate"))
     config.models = {"teacher": str(TEACHER), **{name: str(path) for name, path in models.items()}}
     config.prompts, config.num_prompts = None, 0
     run("evaluate", config, ROOT / "evaluation", "dtype=fp32")
     found = json.loads((ROOT / "evaluation" / "evaluation.json").read_text())["models"]
+    return {model["name"]: model for model in found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A line for each row: what it costs, and what distillation takes back; ± is half of a paired 95% interval."""
     lines = [
-        "| | parameters | on disk | bits a byte | less the teacher | KL | decoding |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | parameters | on disk | bits a byte over the teacher's | distilled | won back | KL | distilled | decode |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    reference = found[0]["cost"]["decode_tokens_per_second"]
-    for model in found:
-        cost, text = model["cost"], model["text"]
-        change = text["change"]
-        beside = f"{change['mean']:+.3f} ± {(change['high'] - change['low']) / 2:.3f}" if change else ""
+    teacher = found["teacher"]
+    for name in (*ROWS, *PEER_ROWS):
+        before, after = found.get(f"{name}_before"), found.get(f"{name}_after")
+        if before is None:
+            continue
+        cost, speed = before["cost"], before["cost"]["decode_tokens_per_second"]
+        lost = before["text"]["change"]["mean"]
+        kept = f"{1 - after['text']['change']['mean'] / lost:.0%}" if after and lost > LEAST_LOSS else ""
         lines.append(
-            f"| {model['name']} | {cost['num_parameters'] / 1e6:.1f} M | {cost['num_bytes'] / 1e6:.0f} MB "
-            f"| {text['bits_per_byte']['mean']:.3f} | {beside} | {text['kl']['mean']:.3f} "
-            f"| {cost['decode_tokens_per_second'] / reference:.2f} |"
+            f"| {name} | {cost['num_parameters'] / 1e6:.1f} M | {cost['num_bytes'] / 1e6:.0f} MB "
+            f"| {difference(before)} | {difference(after)} | {kept} | {divergence(before)} | {divergence(after)} "
+            f"| {speed / teacher['cost']['decode_tokens_per_second']:.2f} |"
         )
-    return "\n".join(lines)
+    bits = teacher["text"]["bits_per_byte"]
+    spread = (bits["high"] - bits["low"]) / 2
+    return "\n".join([*lines, "", f"Teacher: {bits['mean']:.4f} ± {spread:.4f} bits a byte."])
+
+
+def difference(model: dict[str, Any] | None) -> str:
+    """In bits a byte from the teacher, on the same sequences."""
+    change = model["text"]["change"] if model else None
+    return f"{change['mean']:+.4f} ± {(change['high'] - change['low']) / 2:.4f}" if change else ""
+
+
+def divergence(model: dict[str, Any] | None) -> str:
+    """KL from the teacher in nats a token."""
+    return f"{model['text']['kl']['mean']:.3f}" if model else ""
 
 
 def main() -> None:
-    """Do the rows that are asked for, then evaluate all that are there."""
+    """Do the rows that are asked for; then evaluate all that are there, unless another process is to."""
     ROOT.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or (*ROWS, *PEER_ROWS):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = (*ROWS, *PEER_ROWS)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(names))
+    parser.add_argument("--no-evaluation", action="store_true", help="make the rows alone")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(names):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    for name in options.rows or names:
         before = peer(name) if name in PEER_ROWS else compress(name, ROWS[name])
         if name in ROWS or name == "torch_pruning":
             distil(name, ROWS.get(name, Row([])), before)
+    if options.no_evaluation:
+        return
     models = {}
-    for name in (*ROWS, *PEER_ROWS):
+    for name in names:
         paths = {f"{name}_before": ROOT / f"{name}_before", f"{name}_after": ROOT / f"{name}_after" / "final"}
         models |= {label: path for label, path in paths.items() if (path / "config.json").is_file()}
-    text = evaluate(models)
+    text = table(evaluate(models))
     (ROOT / "table.md").write_text(text + "\n")
     print(text)
 

@@ -13,7 +13,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.nn import functional as F
 
+from kd_recipes import _torchtune
+from kd_recipes.compression import read_checkpoint, sections
 from kd_recipes.entry import run_recipe
+from kd_recipes.exporting.gguf import write_gguf
 from toy import Toys, run_tune, sentence, text_section, write_jsonl
 
 
@@ -91,6 +94,53 @@ def _text_after_first_token(toys: Toys, text: str) -> bytes:
 def _results(tmp_path: Path) -> dict[str, dict[str, Any]]:
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     return {model["name"]: model for model in found["models"]}
+
+
+def test_a_gguf_file_and_a_checkpoint_of_torchtunes_are_the_model_they_hold(
+    config: Path, toys: Toys, tmp_path: Path
+) -> None:
+    found = sections(toys.student)
+    write_gguf(read_checkpoint(toys.student), tmp_path / "student.gguf", "f32")
+    _, state = _torchtune.load_checkpoint(found.checkpointer)
+    torch.save(state, tmp_path / "student.pt")
+    cfg = OmegaConf.load(config)
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
+        **{"checkpoint_dir": str(tmp_path), "checkpoint_files": ["student.pt"], "output_dir": str(tmp_path / "out")},
+        "model_type": found.checkpointer.model_type,
+    }
+    cfg.models |= {
+        "gguf": str(tmp_path / "student.gguf"),
+        "torchtune": {"model": found.model, "checkpointer": checkpointer},
+    }
+    OmegaConf.save(cfg, config)
+    assert run_recipe("evaluate", ["--config", str(config)]) == 0
+    results = _results(tmp_path)
+    for name in ("gguf", "torchtune"):
+        for part in ("text", "samples", "diversity"):
+            assert results[name][part] == results["student"][part], part
+    assert results["gguf"]["cost"]["num_bytes"] == (tmp_path / "student.gguf").stat().st_size
+    imported = tmp_path / "evaluation" / "imported" / "gguf" / "model.safetensors"
+    inode = imported.stat().st_ino
+    assert run_recipe("evaluate", ["--config", str(config), "max_batches=1"]) == 0
+    assert imported.stat().st_ino == inode  # imported once
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("missing.gguf", "models.bad: got 'missing.gguf', wanted a file that exists"),
+        ("missing", "models.bad: got 'missing'"),
+        ({"model": {}}, "sections `model` and `checkpointer`"),
+        ({"model": {"_component_": "torch.nn.Linear"}, "checkpointer": {}}, "models.bad.checkpointer"),
+    ],
+)
+def test_what_is_no_model_is_refused(config: Path, model: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = OmegaConf.load(config)
+    cfg.models.bad = model
+    OmegaConf.save(cfg, config)
+    assert run_recipe("evaluate", ["--config", str(config)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_is_done_is_not_done_again(config: Path, toys: Toys, tmp_path: Path) -> None:
