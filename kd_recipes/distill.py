@@ -292,9 +292,10 @@ class DistillRecipe(FTRecipeInterface):
         self._held_out[self.step] = held_out
         self._is_evaluated = True
         speaker = Speaker(self.student.model, self.student, self._device)
-        alerts = self._recorder.evaluation(self.step, held_out, speaker)
+        counts = self._constraints.are_reached(self.step, self.num_steps)
+        alerts = self._recorder.evaluation(self.step, held_out, speaker, counts=counts)
         score = held_out.score(self._cfg.best_metric, self._schedules["kd_ratio"].end)
-        if score < self._best:
+        if counts and score < self._best:
             self._best = score
             self._export("best")
             if self._health is not None and self._health.action == "restore_best":

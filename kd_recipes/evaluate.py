@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -17,21 +18,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
+from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.config import Key, is_positive, without_environment
 from kd_recipes.errors import ConfigError, Problem, gather, renamed
 from kd_recipes.evaluation.behaviour import beginnings
 from kd_recipes.evaluation.model import Questions, Reference, evaluate_model
-from kd_recipes.evaluation.provenance import made_by, runs_of
+from kd_recipes.evaluation.provenance import digest_of, made_by, runs_of, text_digest
 from kd_recipes.evaluation.report import write_report
 from kd_recipes.evaluation.results import Evaluation, ModelResult
 from kd_recipes.evaluation.sources import WANTED, Source, find_source, is_gguf, of_gguf
 from kd_recipes.evaluation.tasks import check_tasks
 from kd_recipes.importing.gguf import import_gguf, open_gguf
-from kd_recipes.parts import build, load_model
+from kd_recipes.parts import build, build_model, load_model
 from kd_recipes.storage import write_json
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.data import Loader, build_dataset
@@ -66,6 +69,7 @@ KEYS = (
     Key("dtype", "choice", default="auto", wanted="auto, bf16 or fp32", check=is_dtype_name),
     Key("distributed_timeout", "float", default=1800.0, wanted="seconds a process waits for others", check=is_positive),
 )
+_NAME = re.compile(r"\w[\w.\-]*")  # of a model, which its results are kept under
 _PROMPT = 16  # tokens of a held-out text's beginning
 
 
@@ -76,7 +80,7 @@ def main(cfg: DictConfig) -> None:
         ConfigError: what is wrong with the config and the files it names.
     """
     device = local_device(cfg.device)
-    gather(*(partial(_check, f"models.{name}", value) for name, value in cfg.models.items()))
+    gather(*(partial(_check, str(name), value) for name, value in cfg.models.items()))
     reference = cfg.reference or str(next(iter(cfg.models)))
     if reference not in cfg.models:
         raise ConfigError(Problem("reference", reference, f"one of {', '.join(cfg.models)}"))
@@ -85,19 +89,23 @@ def main(cfg: DictConfig) -> None:
         check_tasks(tasks, cfg.num_fewshot)
     cfg.dtype = dtype_name(resolve_dtype(cfg.dtype, device))  # one for all models
     tokenizer = build("tokenizer", cfg.tokenizer)
+    text = _text(cfg, tokenizer, device)
+    prompts = _prompts(cfg, tokenizer, text)
     parallel = Parallel.start(device, timeout=cfg.distributed_timeout)
     sources = {str(name): _source(str(name), value, cfg, parallel) for name, value in cfg.models.items()}
     _require_one_vocabulary(sources, reference)
-    text = _text(cfg, tokenizer, device)
+    gather(*(partial(_check_size, name, source, cfg, tokenizer, text, prompts) for name, source in sources.items()))
     questions = Questions(
         tokenizer=tokenizer,
         text=list(enumerate(text))[parallel.rank :: parallel.world_size],
-        prompts=_prompts(cfg, tokenizer, text),
+        prompts=prompts,
         tasks=tasks,
         **{key: cfg[key] for key in ("max_task_items", "num_fewshot", "max_new_tokens", "seed")},
         gather=parallel.each,
     )
-    results = _evaluate_all(cfg, sources, reference, questions, parallel)
+    against = [reference, sources[reference].stamps]
+    asked = [_settings(cfg), text_digest(text), *map(_stamp, tasks), _stamp(str(cfg.tokenizer.get("path"))), *against]
+    results = _evaluate_all(cfg, sources, reference, questions, parallel, digest_of(asked))
     if parallel.is_main:
         config: Any = OmegaConf.to_container(without_environment(cfg))
         origin = made_by(config, cfg.seed, text)
@@ -109,7 +117,10 @@ def main(cfg: DictConfig) -> None:
     parallel.stop()
 
 
-def _check(key: str, value: Any) -> None:
+def _check(name: str, value: Any) -> None:
+    key = f"models.{name}"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(Problem(key, name, "a name of letters, digits, . _ and -, as of a file"))
     if is_gguf(value):
         renamed(key, lambda: open_gguf(Path(value)))
     else:
@@ -137,23 +148,28 @@ def _import(file: Path, imported: Path, dtype: str) -> None:
 
 
 def _evaluate_all(
-    cfg: DictConfig, sources: dict[str, Source], reference: str, questions: Questions, parallel: Parallel
+    cfg: DictConfig,
+    sources: dict[str, Source],
+    reference: str,
+    questions: Questions,
+    parallel: Parallel,
+    asked: str,
 ) -> dict[str, ModelResult]:
-    """The results by name; those that an evaluation cut off has left are taken from it."""
+    """The results by name; those that are there already, of the same files ``asked`` the same, stay."""
     done = Path(cfg.output_dir) / "models"
     states = Path(cfg.output_dir) / ".reference"
-    keys = {name: _key(cfg, source) for name, source in sources.items()}
+    keys = {name: digest_of([asked, source.stamps]) for name, source in sources.items()}
     results = parallel.each({name: found for name in keys if (found := _read(done / f"{name}.json", keys[name]))})[0]
     against: Reference | None = None
     if reference not in results:
         results = {}  # they are measured against it
     elif len(results) < len(sources):
-        model = _load(cfg, reference, sources[reference], questions)
+        model = _load(cfg, reference, sources[reference])
         against = Reference.of(model, states / keys[reference], results[reference])
     for name in [reference, *(other for other in sources if other != reference)]:
         if name in results:
             continue
-        model = _load(cfg, name, sources[name], questions)
+        model = _load(cfg, name, sources[name])
         found, against = evaluate_model(name, sources[name], model, questions, against, states / keys[reference])
         results[name] = found
         if parallel.is_main:
@@ -164,11 +180,17 @@ def _evaluate_all(
     return results
 
 
-def _key(cfg: DictConfig, source: Source) -> str:
-    """Another one where a result would be another one: the settings, and the files of the model."""
-    asked = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in ("models", "output_dir")}  # type: ignore[union-attr]
-    described = json.dumps([asked, source.stamps], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """All but which models there are, and where results go."""
+    settings: Any = OmegaConf.to_container(cfg)
+    return {key: value for key, value in settings.items() if key not in ("models", "reference", "output_dir")}
+
+
+def _stamp(name: str) -> list[Any]:
+    """What changes with a file or directory that is asked from; nothing where the name is of another thing."""
+    path = Path(name)
+    files = sorted(path.glob("*token*")) if path.is_dir() else [path] if path.is_file() else []
+    return [[str(file), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
 
 
 def _read(file: Path, key: str) -> ModelResult | None:
@@ -179,16 +201,27 @@ def _read(file: Path, key: str) -> ModelResult | None:
         return None
 
 
-def _load(cfg: DictConfig, name: str, source: Source, questions: Questions) -> TransformerDecoder:
-    """A model that can be asked all the questions."""
+def _load(cfg: DictConfig, name: str, source: Source) -> TransformerDecoder:
     dtype, device = DTYPES[cfg.dtype], local_device(cfg.device)
-    model = load_model(f"models.{name}", source.model, source.checkpointer, dtype=dtype, device=device).model.eval()
-    check_tokenizer(questions.tokenizer, model.tok_embeddings.num_embeddings, model.max_seq_len)
-    longest = max((batch.tokens_BS.shape[1] for _, batch in questions.text), default=0)
-    if longest > model.max_seq_len:
-        wanted = f"at most {model.max_seq_len}, the max_seq_len of models.{name}"
+    model = load_model(f"models.{name}", source.model, source.checkpointer, dtype=dtype, device=device).model
+    return model.eval().requires_grad_(False)
+
+
+def _check_size(
+    name: str, source: Source, cfg: DictConfig, tokenizer: Any, text: list[Batch], prompts: list[list[int]]
+) -> None:
+    """Whether a model, by its section alone, can be asked all the questions."""
+    key = f"models.{name}"
+    model = build_model(key, source.model, dtype=torch.bfloat16, device=torch.device("meta"))
+    size = _torchtune.model_size(model)
+    check_tokenizer(tokenizer, size.num_rows, size.max_seq_len, model=key)
+    longest = max((batch.tokens_BS.shape[1] for batch in text), default=0)
+    wanted = f"at most {size.max_seq_len}, the max_seq_len of {key}"
+    if longest > size.max_seq_len:
         raise ConfigError(Problem("dataset", f"a sequence of {longest} tokens", wanted, "Set tokenizer.max_seq_len"))
-    return model.requires_grad_(False)
+    if (total := max(map(len, prompts), default=0) + cfg.max_new_tokens) > size.max_seq_len:
+        got = f"{total} tokens, with the {cfg.max_new_tokens} of max_new_tokens"
+        raise ConfigError(Problem("prompts", got, wanted, "Shorten the prompts or max_new_tokens"))
 
 
 def _require_one_vocabulary(sources: dict[str, Source], reference: str) -> None:

@@ -63,7 +63,7 @@ class History:
         """The lines in order, of some splits or of all; a last one that was cut off is left out."""
         if not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):  # splitlines() splits at U+2028 in a text, too
             try:
                 entry = Entry(**json.loads(line))
             except (ValueError, TypeError):  # cut off in the middle

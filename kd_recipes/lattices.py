@@ -71,7 +71,7 @@ class Scheme:
         Raises:
             ConfigError: there is none of this name.
         """
-        if name in _NAMED:
+        if isinstance(name, str) and name in _NAMED:
             return _NAMED[name]
         if not (form := _FORM.fullmatch(str(name))):
             raise ConfigError(Problem(key, name, _FORMS))

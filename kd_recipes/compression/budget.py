@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +58,7 @@ class Budget(Step):
     protected: Sequence[int] = (0, -1)
 
     def __post_init__(self) -> None:
-        if self.num_parameters <= 0:
+        if not 0 < self.num_parameters < math.inf:
             raise ConfigError(Problem(".num_parameters", self.num_parameters, "a number, or a share below 1"))
         for name in ("num_candidates", "multiple_of"):
             if getattr(self, name) < 1:

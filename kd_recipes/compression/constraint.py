@@ -42,6 +42,10 @@ class Constraint(ABC):  # noqa: B024 -- every hook has a default: a constraint n
         """
         yield
 
+    def is_reached(self, step: int, num_steps: int) -> bool:
+        """Whether the student is after ``step`` updates what it is to be in the end: one before that is no result."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """Its name and settings, as ``compression.json`` has them."""
         settings = OmegaConf.to_container(OmegaConf.create(vars(self)), resolve=True)

@@ -93,16 +93,24 @@ def singular_values(weight_OI: Tensor, gram_II: Tensor | None = None) -> Tensor:
     return values_N.cpu()
 
 
-def rank_by_ratio(out_dim: int, in_dim: int, ratio: float) -> int:
-    """The largest rank whose two factors have at most this share of the matrix' parameters.
+def num_factor_parameters(rank: int, out_dim: int, in_dim: int, three_factors: bool = False) -> int:
+    """Of U V, or of U S V with a square S."""
+    return rank * (out_dim + in_dim) + rank * rank * three_factors
+
+
+def rank_by_ratio(out_dim: int, in_dim: int, ratio: float, three_factors: bool = False) -> int:
+    """The largest rank whose factors have at most this share of the matrix' parameters.
 
     Raises:
         ConfigError: a ratio that is not between 0 and 1, or that does not pay for rank 1.
     """
     _check_ratio(ratio)
-    rank = int(ratio * out_dim * in_dim / (out_dim + in_dim) + _ROUNDING)
+    total, sides = out_dim * in_dim, out_dim + in_dim
+    # three: the root of R^2 + R (O + I) = ratio O I
+    divisor = (sides + math.sqrt(sides**2 + 4 * ratio * total)) / 2 if three_factors else sides
+    rank = int(ratio * total / divisor + _ROUNDING)
     if rank < 1:
-        least = _at_least(1 / out_dim + 1 / in_dim)
+        least = _at_least(num_factor_parameters(1, out_dim, in_dim, three_factors) / total)
         raise ConfigError(Problem(".ratio", ratio, f"from {least}, rank 1 of a {out_dim} x {in_dim} matrix"))
     return rank
 
@@ -120,19 +128,25 @@ def rank_by_energy(singular_values_N: Tensor, energy: float) -> int:
 
 
 def ranks_by_budget(
-    values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], ratio: float, multiple_of: int = 1
+    values: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    ratio: float,
+    multiple_of: int = 1,
+    three_factors: bool = False,
 ) -> dict[str, int | None]:
     """Ranks that spread a common budget over matrices: what is gained most by a parameter comes first.
 
     The gain of a component is its squared singular value, divided by the sum of its matrix': that much of the relative
-    squared error of the outputs goes away. It costs ``O + I`` parameters. Each matrix keeps at least one group of
-    ``multiple_of`` components; then groups follow in the order of their gain for each parameter until no next one fits.
+    squared error of the outputs goes away. It costs ``O + I`` parameters, and more with three factors. Each matrix
+    keeps at least one group of ``multiple_of`` components; then groups follow in the order of their gain for each
+    parameter until no next one fits.
 
     Args:
         values: singular values of each matrix, descending, whitened or not.
         shapes: ``(O, I)`` of each.
         ratio: parameters that may be left, as a share of all matrices' together.
         multiple_of: of every rank.
+        three_factors: whether a square matrix stands between the two.
 
     Returns:
         The rank of each matrix, or None for one that stays dense since its factors would be no smaller.
@@ -141,17 +155,21 @@ def ranks_by_budget(
         ConfigError: a ratio that is not between 0 and 1, or that does not pay for the least rank of each matrix.
     """
     assert values.keys() == shapes.keys(), "singular values and shapes are of the same matrices"
-    left = left_by_budget(list(shapes.values()), ratio, multiple_of)
+    left = left_by_budget(list(shapes.values()), ratio, multiple_of, three_factors=three_factors)
 
     def cost(name: str, num_groups: int) -> int:
-        return min(num_groups * multiple_of * sum(shapes[name]), math.prod(shapes[name]))
+        return _least_parameters(num_groups * multiple_of, shapes[name], three_factors)
 
     taken = dict.fromkeys(values, 1)
     gains: list[tuple[float, str]] = []
     for name, values_N in values.items():
         squares_N = values_N.double().square()
         groups = (squares_N / squares_N.sum().clamp(min=1e-300)).split(multiple_of)
-        gains += [(float(group.sum()) / sum(shapes[name]), name) for group in groups[1:]]
+        sides, square = multiple_of * sum(shapes[name]), multiple_of**2 * three_factors
+        gains += [
+            (float(group.sum()) / (sides + square * (2 * number + 1)), name)
+            for number, group in enumerate(groups[1:], start=1)
+        ]
     # the sort is stable, so equal gains come in the order of the matrices, and a matrix' own in theirs
     for _, name in sorted(gains, key=lambda gain: -gain[0]):
         added = cost(name, taken[name] + 1) - cost(name, taken[name])
@@ -162,7 +180,14 @@ def ranks_by_budget(
     return {name: None if name in dense else number * multiple_of for name, number in taken.items()}
 
 
-def left_by_budget(shapes: Sequence[tuple[int, int]], ratio: float, multiple_of: int = 1, key: str = ".ratio") -> int:
+def left_by_budget(
+    shapes: Sequence[tuple[int, int]],
+    ratio: float,
+    multiple_of: int = 1,
+    key: str = ".ratio",
+    *,
+    three_factors: bool = False,
+) -> int:
     """Parameters that :func:`ranks_by_budget` can spread once each matrix has its least rank.
 
     Args:
@@ -170,6 +195,7 @@ def left_by_budget(shapes: Sequence[tuple[int, int]], ratio: float, multiple_of:
         ratio: parameters that may be left, as a share of all matrices' together.
         multiple_of: of every rank; a matrix whose factors would be no smaller stays whole.
         key: the setting that the ratio comes from, for the message.
+        three_factors: whether a square matrix stands between the two.
 
     Raises:
         ConfigError: a ratio that is not between 0 and 1, or that does not pay for the least ranks.
@@ -178,11 +204,16 @@ def left_by_budget(shapes: Sequence[tuple[int, int]], ratio: float, multiple_of:
     if multiple_of < 1:
         raise ConfigError(Problem(".multiple_of", multiple_of, "a whole number above 0"))
     total = sum(math.prod(shape) for shape in shapes)
-    least = sum(min(multiple_of * sum(shape), math.prod(shape)) for shape in shapes)
+    least = sum(_least_parameters(multiple_of, shape, three_factors) for shape in shapes)
     left = int(ratio * total + _ROUNDING) - least
     if left < 0:
         raise ConfigError(Problem(key, ratio, f"from {_at_least(least / total)}, rank {multiple_of} of each matrix"))
     return left
+
+
+def _least_parameters(rank: int, shape: tuple[int, int], three_factors: bool) -> int:
+    """As factors or, where that is less, as it is."""
+    return min(num_factor_parameters(rank, *shape, three_factors), math.prod(shape))
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,7 @@ def block_influence(source: HFCheckpoint, text: Text, blocks: Sequence[int] | No
 
     ShortGPT, https://arxiv.org/abs/2403.03853.
     """
-    if text.num_tokens == 0:
-        raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
+    text.require_tokens()
     stream = Stream(source, text, "influence", blocks)
     entering: list[Tensor] = []
     sums: list[float] = []

@@ -23,7 +23,7 @@ from kd_recipes._torchtune.names import to_hf
 from kd_recipes.compression import decomposition
 from kd_recipes.compression.checkpoint import HFCheckpoint, write_checkpoint
 from kd_recipes.compression.convert import as_tune, to_file
-from kd_recipes.compression.decomposition import Factors
+from kd_recipes.compression.decomposition import Factors, num_factor_parameters
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.spill import spilled
 from kd_recipes.compression.step import Step
@@ -63,7 +63,7 @@ class LowRank(Step):
     def __post_init__(self) -> None:
         asked = {name: getattr(self, name) for name in ("ratio", "energy", "budget")}
         given = {name: value for name, value in asked.items() if value is not None}
-        if len(given) > 1 or not (given or self.embedding_rank):
+        if len(given) > 1 or not (given or self.embedding_rank is not None):
             raise ConfigError(Problem(".ratio", asked, "exactly one of ratio, energy and budget"))
         for name, value in given.items():
             if not 0 < value < 1:
@@ -84,7 +84,9 @@ class LowRank(Step):
                 self._by_ratio(name, shape)
         if self.budget is not None:
             shapes = [*form.shapes.values()] * form.num_layers
-            decomposition.left_by_budget(shapes, self.budget, self.multiple_of, ".budget")
+            decomposition.left_by_budget(
+                shapes, self.budget, self.multiple_of, ".budget", three_factors=self.three_factors
+            )
         multiple = self.multiple_of if self._asks_blocks else 0
         return replace(form, rank_multiple=multiple, table_rank=self.embedding_rank or 0)
 
@@ -94,7 +96,8 @@ class LowRank(Step):
 
     def _by_ratio(self, name: str, shape: tuple[int, int]) -> int:
         assert self.ratio is not None
-        rank = decomposition.rank_by_ratio(*shape, self.ratio) // self.multiple_of * self.multiple_of
+        most = decomposition.rank_by_ratio(*shape, self.ratio, self.three_factors)
+        rank = most // self.multiple_of * self.multiple_of
         if rank < 1:
             wanted = f"a ratio that leaves {name} ({shape[0]} x {shape[1]}) a rank of {self.multiple_of} (multiple_of)"
             raise ConfigError(Problem(".ratio", self.ratio, wanted))
@@ -130,7 +133,7 @@ class LowRank(Step):
                 values[f"layers.{block.index}.{name}"] = found.cpu()
         shapes = {layer: form.shapes[layer.split(".", 2)[2]] for layer in values}
         assert self.budget is not None
-        return decomposition.ranks_by_budget(values, shapes, self.budget, self.multiple_of)
+        return decomposition.ranks_by_budget(values, shapes, self.budget, self.multiple_of, self.three_factors)
 
     def _factorize(
         self, block: Block, form: Form, budgeted: Mapping[str, int | None], ranks: dict[str, list[int]]
@@ -146,7 +149,7 @@ class LowRank(Step):
                 rank = -(-least // self.multiple_of) * self.multiple_of
             else:
                 rank = budgeted[layer]
-            if rank is None or rank * (rows + columns) >= rows * columns:
+            if rank is None or num_factor_parameters(rank, rows, columns, self.three_factors) >= rows * columns:
                 continue
             factors = decomposition.truncated_svd(weight_OI, rank, gram_II, three_factors=self.three_factors)
             bias = block.state.pop(f"{name}.bias", None)
@@ -212,7 +215,8 @@ class TensorDecomposition(Step):
         if not 0 < self.ratio < 1:
             raise ConfigError(Problem(".ratio", self.ratio, "a share above 0 and below 1"))
         stackable = [name for name in INPUT_OF if self.stack == "layers" or name[-6:] in ("q_proj", "k_proj", "v_proj")]
-        if unknown := [name for name in self.projections if name not in stackable]:
+        unknown = [name for name in self.projections if name not in stackable]
+        if unknown or not self.projections:
             raise ConfigError(Problem(".projections", unknown, f"some of {', '.join(stackable)}"))
 
     def check(self, form: Form) -> Form:

@@ -38,19 +38,21 @@ class _Schemes:
     """Which scheme each parameter has.
 
     Args:
-        scheme: of the blocks' linear layers.
+        scheme: of the blocks' linear layers; None leaves them as they are.
         embeddings: of the embedding and the head; None leaves them as they are.
         overrides: pattern of torchtune's layer names, such as ``layers.0.*`` or ``*.w2`` -> a scheme, or None; the last
             that fits counts.
     """
 
-    scheme: str
+    scheme: str | None
     embeddings: str | None = None
     overrides: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = {".scheme": self.scheme, ".embeddings": self.embeddings}
         named |= {f".overrides.{pattern}": name for pattern, name in self.overrides.items()}
+        if not any(named.values()):
+            raise ConfigError(Problem(".scheme", None, "a scheme, of the blocks, the embedding, or some layers"))
         for key, name in named.items():
             if name is not None:
                 Scheme.parse(name, key)

@@ -139,8 +139,7 @@ class Smoothing(Step):
 
     def apply(self, source: HFCheckpoint, destination_dir: Path, text: Text) -> HFCheckpoint:
         """See :class:`Step`; prints how many scales there are, and what they gain."""
-        if text.num_tokens == 0:
-            raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
+        text.require_tokens()
         pairs, outcomes = _pairs(Form(source.config)), list[_Outcome]()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -196,6 +196,10 @@ class GradualSparsity(KeepZeros):
         progress = (step / num_steps - self.begin) / (self.end - self.begin)
         return self.sparsity * (1 - (1 - min(max(progress, 0.0), 1.0)) ** 3)
 
+    def is_reached(self, step: int, num_steps: int) -> bool:
+        """See :class:`Constraint`."""
+        return step / num_steps >= self.end
+
     @contextmanager
     def update(self, parameters: Mapping[str, Tensor], step: int, num_steps: int) -> Iterator[None]:
         """See :class:`Constraint`."""

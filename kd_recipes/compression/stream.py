@@ -54,6 +54,15 @@ class Text:
         """How many count."""
         return sum(int(valid.sum()) for _, valid in self.windows)
 
+    def require_tokens(self) -> None:
+        """Refuse a text that nothing can be learnt from.
+
+        Raises:
+            ConfigError: no token counts.
+        """
+        if self.num_tokens == 0:
+            raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
+
 
 @dataclass
 class Block:
@@ -141,8 +150,9 @@ class Block:
             watch: other modules to look at on the way, as in :meth:`run`.
 
         Raises:
-            ConfigError: an input that is not finite.
+            ConfigError: no token counts, or an input is not finite.
         """
+        self.text.require_tokens()
         sums: dict[str, Tensor] = {}
 
         def add(name: str) -> Callable[[Tensor, Tensor], None]:

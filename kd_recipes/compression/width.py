@@ -8,6 +8,7 @@ for what they have lost as far as a linear map can: the projection behind the cu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -58,7 +59,7 @@ class WidthPruning(Step):
         if not any(value is not None for value in asked.values()):
             raise ConfigError(Problem("._component_", "WidthPruning", f"at least one of {', '.join(asked)}"))
         for name, value in asked.items():
-            if value is not None and (value <= 0 or (value > 1 and value != int(value))):
+            if value is not None and not (0 < value <= 1 or (1 < value < math.inf and value == int(value))):
                 raise ConfigError(Problem(f".{name}", value, "a size (from 1) or a share (below 1)"))
         if self.multiple_of < 1:
             raise ConfigError(Problem(".multiple_of", self.multiple_of, "a whole number above 0"))
@@ -148,8 +149,7 @@ def choose_width(
     Raises:
         ConfigError: no token counts, or what flows is not finite.
     """
-    if text.num_tokens == 0:
-        raise ConfigError(Problem("dataset", "no token that counts", "calibration text"))
+    text.require_tokens()
     form = Form(source.config)
     num_neurons, num_groups, num_channels = method.sizes(form)
     width = form.num_heads // form.num_kv_heads * form.head_dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,19 @@ def runs_of(directories: Mapping[str, Path]) -> dict[str, Any]:
     return found
 
 
+def text_digest(text: Iterable[Batch]) -> str:
+    """Of ids and labels, SHA-256."""
+    digest = hashlib.sha256()
+    for batch in text:
+        digest.update(batch.tokens_BS.cpu().numpy().tobytes() + batch.labels_BS.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of(described: Any) -> str:
+    """A short name for what can be written as JSON: another one where anything in it is another one."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def made_by(config: Mapping[str, Any], seed: int, text: Iterable[Batch]) -> dict[str, Any]:
     """Config, versions, seed, the text's hash, hardware and date.
 
@@ -54,13 +68,10 @@ def made_by(config: Mapping[str, Any], seed: int, text: Iterable[Batch]) -> dict
         seed: of what was drawn.
         text: the held-out batches.
     """
-    digest = hashlib.sha256()
-    for batch in text:
-        digest.update(batch.tokens_BS.cpu().numpy().tobytes() + batch.labels_BS.cpu().numpy().tobytes())
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "data": {"held-out text, SHA-256 of its ids": digest.hexdigest()},
+        "data": {"held-out text, SHA-256 of its ids": text_digest(text)},
         "hardware": _hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
         "config": dict(config),

@@ -101,11 +101,18 @@ class Recorder:
             if is_logged:
                 log(self._logger, "", metrics, step)
 
-    def evaluation(self, step: int, held_out: HeldOut, student: Speaker) -> list[Alert]:
-        """An evaluation on held-out text; measures and reports what else there is, and returns what is wrong."""
+    def evaluation(self, step: int, held_out: HeldOut, student: Speaker, *, counts: bool = True) -> list[Alert]:
+        """An evaluation on held-out text; measures and reports what else there is, and returns what is wrong.
+
+        Args:
+            step: updates so far.
+            held_out: what has been found.
+            student: to write texts.
+            counts: whether the student is a result, and not on the way to what its constraints ask for.
+        """
         values = held_out.metrics()
         if self._parallel.is_main:
-            self._history.append(step, "held_out", values)
+            self._history.append(step, "held_out", values if counts else {**values, "counts": False})
             log(self._logger, "held_out/", values, step)
             tqdm.write(f"step {step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v == v))
         if self._monitor is None or self._health is None:

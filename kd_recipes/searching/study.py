@@ -150,7 +150,7 @@ class Search:
         return sorted(ended, key=lambda trial: str(trial.user_attrs["name"]))
 
     def _least(self, directory: Path) -> tuple[float | None, Entry | None]:
-        entries = [entry for entry in History(directory).read("held_out") if entry.step > 0]
+        entries = [e for e in History(directory).read("held_out") if e.step > 0 and e.values.get("counts", True)]
         known = [(value, entry) for entry in entries if (value := self._metric.of(entry.values)) is not None]
         return min(known, key=lambda pair: pair[0], default=(None, None))
 

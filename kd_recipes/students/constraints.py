@@ -100,6 +100,10 @@ class Constraints:
                 stack.enter_context(constraint.update(parameters, step, num_steps))
             yield
 
+    def are_reached(self, step: int, num_steps: int) -> bool:
+        """See :meth:`Constraint.is_reached`."""
+        return all(constraint.is_reached(step, num_steps) for constraint in self._constraints)
+
     def describe(self) -> list[dict[str, Any]]:
         """Names and settings, as ``compression.json`` has them."""
         return [constraint.describe() for constraint in self._constraints]

@@ -183,12 +183,14 @@ def test_a_gram_of_other_inputs_and_numbers_that_are_none_are_refused() -> None:
 # ranks
 
 
+@FACTORS
 @pytest.mark.parametrize("ratio", [0.29, 0.3, 0.5, 0.58, 0.7, 0.999])
-def test_a_ratio_gives_the_largest_rank_that_it_pays_for(ratio: float) -> None:
+def test_a_ratio_gives_the_largest_rank_that_it_pays_for(ratio: float, three_factors: bool) -> None:
     for out_dim, in_dim in itertools.product((8, 10, 25, 100), repeat=2):
         budget = round(ratio * out_dim * in_dim, 6)
-        expected = max(rank for rank in range(min(out_dim, in_dim)) if rank * (out_dim + in_dim) <= budget)
-        assert rank_by_ratio(out_dim, in_dim, ratio) == expected
+        costs = (rank * (out_dim + in_dim + rank * three_factors) for rank in range(min(out_dim, in_dim)))
+        expected = max(rank for rank, cost in enumerate(costs) if cost <= budget)
+        assert rank_by_ratio(out_dim, in_dim, ratio, three_factors) == expected
 
 
 def test_a_ratio_that_leaves_nothing_says_what_would() -> None:

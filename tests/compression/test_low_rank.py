@@ -295,6 +295,7 @@ def test_half_precision_files_stay_so(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({}, "exactly one of ratio, energy and budget"),
+        ({"embedding_rank": 0}, r"\.embedding_rank: got 0, wanted from 1"),
         ({"ratio": 0.5, "budget": 0.5}, "exactly one of ratio, energy and budget"),
         ({"ratio": 1.0}, r"\.ratio: got 1.0, wanted a share above 0 and below 1"),
         ({"energy": 0.0}, r"\.energy: got 0.0"),
@@ -318,6 +319,7 @@ def test_what_leaves_nothing_is_refused(llama: Path, settings: dict[str, Any], m
         ({"ratio": 1.5}, r"\.ratio: got 1.5"),
         ({"stack": "heads", "projections": ["mlp.w1"]}, r"\.projections: got \['mlp.w1'\], wanted some of attn.q_proj"),
         ({"projections": ["attn.o_proj"]}, r"attn.o_proj"),
+        ({"projections": []}, r"\.projections: got \[\], wanted some of"),
     ],
 )
 def test_tensor_decompositions_that_there_are_not(settings: dict[str, Any], message: str) -> None:

@@ -288,6 +288,8 @@ QUANTIZED = Quantization("gguf_q4_0").check(FORM)
             FORM,
             r"\.method: got 'hqq for binary'",
         ),
+        ({"scheme": None, "overrides": {"*.w2": None}}, FORM, r"\.scheme: got None, wanted a scheme"),
+        ({"scheme": ["int4"]}, FORM, r"\.scheme: got \['int4'\], wanted gguf_q8_0"),
         ({"scheme": "int4_g64"}, FORM, r"\.scheme: got 'int4_g64', .* divides 96 inputs. These do: 16, 32$"),
         ({"scheme": "int4", "embeddings": "int4_g128"}, FORM, r"\.embeddings: .* divides 64 inputs"),
         ({"scheme": "int4", "overrides": {"*.w4": "int3"}}, FORM, r"\.overrides: got \['\*\.w4'\], wanted patterns"),

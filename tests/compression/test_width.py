@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def test_adapters_fit_on_a_pruned_model(tmp_path: Path) -> None:
         ({"intermediate_dim": 128}, ".intermediate_dim: got 128, wanted from 1 to 96"),
         ({"intermediate_dim": 50}, "in multiples of 32"),
         ({"embed_dim": 0.1}, ".embed_dim: got 0.1, wanted from 1 to 64"),
+        ({"embed_dim": math.nan}, ".embed_dim: got nan"),
         ({"num_kv_heads": 3}, ".num_kv_heads: got 3, wanted from 1 to 2"),
         ({"embed_dim": 32, "multiple_of": 0}, ".multiple_of"),
     ],

@@ -128,9 +128,13 @@ def test_gradual_sparsity_reaches_its_pattern(
 ) -> None:
     gradual = {"_component_": f"{COMPRESSION}.GradualSparsity", "pattern": "2:4", "every_n_steps": 2}
     both = student(toys.student, gradual) if checkpointer == "compressed" else {"student_constraints": gradual}
-    config = write_config(tmp_path, **{**both, **SIX})
+    held_out = {"eval_dataset": text_section(toys.data / "held_out.jsonl", toys.data / "cache"), "health": None}
+    config = write_config(tmp_path, **{**both, **SIX, **held_out, "eval_every_n_steps": 1})
     distill(config)
     final = tmp_path / "run" / "final"
+    best = load_file(next((tmp_path / "run" / "best").glob("*.safetensors")))
+    linears = [w for name, w in best.items() if ".layers." in name and w.ndim == 2]
+    assert all(((w == 0).unflatten(1, (-1, 4)).sum(-1) == 2).all() for w in linears)  # none on the way counts
     file = next(final.glob("*.safetensors"))
     weights = {name: w for name, w in load_file(file).items() if ".layers." in name and w.ndim == 2}
     assert len(weights) == 14

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from kd_recipes import _torchtune
@@ -129,6 +130,7 @@ def test_a_gguf_file_and_a_checkpoint_of_torchtunes_are_the_model_they_hold(
 @pytest.mark.parametrize(
     ("model", "said"),
     [
+        ("models", "models.bad: got 'models'"),
         ("missing.gguf", "models.bad: got 'missing.gguf', wanted a file that exists"),
         ("missing", "models.bad: got 'missing'"),
         ({"model": {}}, "sections `model` and `checkpointer`"),
@@ -161,6 +163,33 @@ def test_what_is_done_is_not_done_again(config: Path, toys: Toys, tmp_path: Path
     assert _results(tmp_path)["teacher"]["text"]["num_tokens"] < first["teacher"]["text"]["num_tokens"]
 
 
+def test_what_was_asked_otherwise_is_asked_again(config: Path, toys: Toys, tmp_path: Path) -> None:
+    """The text, the reference and its weights may change under the same config; each result says what it is of."""
+    cfg = OmegaConf.load(config)
+    text, teacher = tmp_path / "text.jsonl", tmp_path / "teacher"
+    shutil.copyfile(toys.data / "text.jsonl", text)
+    shutil.copytree(toys.teacher, teacher)
+    cfg.dataset = text_section(text, tmp_path / "cache")
+    cfg.models.teacher, cfg.prompts, cfg.num_prompts = str(teacher), None, 0
+    OmegaConf.save(cfg, config)
+
+    def found(*overrides: str) -> dict[str, dict[str, Any]]:
+        assert run_recipe("evaluate", ["--config", str(config), *overrides]) == 0
+        return {name: model["text"] for name, model in _results(tmp_path).items()}
+
+    first = found()
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:10]))
+    shorter = found()
+    assert all(shorter[name]["num_tokens"] < first[name]["num_tokens"] for name in first)
+    swapped = found("reference=student")
+    assert swapped["student"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert swapped["teacher"]["kl"]["mean"] > 0.01
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: weight * 0.9 for name, weight in weights.items()}, teacher / "model.safetensors")
+    found("~models.student")  # as an evaluation does that is cut off after the reference
+    assert found()["student"]["kl"]["mean"] != pytest.approx(shorter["student"]["kl"]["mean"], rel=1e-3)
+
+
 def test_two_processes_find_what_one_does(config: Path, toys: Toys, tmp_path: Path) -> None:
     questions = [{"question": "the cat", "choices": ["sat", "dog", "tree"], "answer": index % 3} for index in range(7)]
     tasks = f"tasks=[{write_jsonl(tmp_path / 'pets.jsonl', questions)}]"
@@ -186,6 +215,8 @@ def test_two_processes_find_what_one_does(config: Path, toys: Toys, tmp_path: Pa
         ("batch_size=0", "batch_size: got 0"),
         ("tasks=[no_such.jsonl]", "no_such"),
         ("num_prompts=-1", "num_prompts: got -1"),
+        ("max_new_tokens=100000", "prompts: got '1000"),
+        ("+models={a/b: x}", "models.a/b: got 'a/b', wanted a name of letters"),
     ],
 )
 def test_bad_input(
