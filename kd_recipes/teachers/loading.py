@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from kd_recipes.parts import build_model, does_not_fit, unreadable
 from kd_recipes.teachers.offload import Offload
 
 _HOST = torch.device("cpu")
+_BYTES_BETWEEN = 2**25  # read between two calls for memory to be given back, which take as long as reading a few
 
 
 def load_frozen(
@@ -48,6 +50,7 @@ def load_frozen(
     decoder = build_model(key, model, dtype=dtype, device=torch.device("meta"))
     weights, linear = keeping.weights, linear_layers(decoder)
     assembly = _torchtune.Assembly(decoder, device, dtype)
+    num_bytes = 0
     for name, tensor in _read(key, checkpointer):
         layer, _, leaf = name.rpartition(".")
         pack = weights.pack if weights and layer in linear and leaf == "weight" else None
@@ -55,6 +58,10 @@ def load_frozen(
         if weight is not None:
             is_on_host = keeping.cpu_offload and name.startswith("layers.")
             assembly.place(name, _torchtune.map_tensors(weight, _to_host) if is_on_host else weight)
+        num_bytes += tensor.nbytes
+        if num_bytes >= _BYTES_BETWEEN:
+            num_bytes = 0
+            _return_memory()
     problems = assembly.finish()
     _torchtune.compute_positions(decoder, device)
     problems += [f"{name} is in no file" for name, buffer in decoder.named_buffers() if buffer.is_meta]
@@ -63,6 +70,17 @@ def load_frozen(
     if keeping.cpu_offload:
         Offload(decoder, device)
     return decoder
+
+
+def _return_memory() -> None:
+    """Have the C library give back what it keeps of memory that was freed.
+
+    glibc keeps up to twice the largest piece, and whatever lies below a piece in use: with int4 that came to two and a
+    half times the model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # others have none, and keep less
+    if trim is not None:
+        trim(0)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
