@@ -35,6 +35,7 @@ from kd_recipes.teachers.cache.identity import (
     hash_tokens,
     hash_weights,
     plain,
+    quantization_of,
     setting_problems,
 )
 from kd_recipes.teachers.cache.source import layout, temperatures
@@ -164,7 +165,17 @@ def _settle(job: _Job) -> Identity:
     digest, tokens = hash_tokens(cfg.tokenizer)
     weights, stamps = hash_weights(cfg.teacher_checkpointer)
     model = plain(cfg.teacher_model)
-    identity = Identity(model, weights, stamps, digest, softened.pop(), job.num_ids, encoding, dtype)
+    identity = Identity(
+        model,
+        weights,
+        stamps,
+        digest,
+        softened.pop(),
+        job.num_ids,
+        encoding,
+        dtype,
+        quantization=quantization_of(cfg),
+    )
     identity.save(directory, tokens)
     return identity
 

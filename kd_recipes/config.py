@@ -34,6 +34,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "list": ((ListConfig, list), "a list"),
     "mapping": ((DictConfig,), "a mapping of names to values"),
     "component": ((DictConfig,), "a section with _component_"),
+    "component_or_name": ((DictConfig, str), "a name, or a section with _component_"),
     "components": ((DictConfig, ListConfig), "a section with _component_, or a list of them"),
     "any": ((object,), "anything"),
 }
@@ -49,7 +50,8 @@ class Key:
 
     Args:
         name: the key.
-        kind: one of ``str path int float scheduled bool choice list mapping component components any``.
+        kind: one of ``str path int float scheduled bool choice list mapping component component_or_name components
+            any``.
         required: whether it has to be there.
         default: its value where it is absent.
         wanted: what a valid value is, for messages and ``--help``.
@@ -226,7 +228,7 @@ def _key_problems(cfg: DictConfig, key: Key) -> Iterator[Problem]:
     is_bool_as_number = isinstance(value, bool) and key.kind in ("int", "float", "scheduled")
     if not isinstance(value, types) or is_bool_as_number or (key.check is not None and not key.check(value)):
         yield Problem(key.name, _plain(value), (key.all_wanted if is_section else key.wanted) or wanted)
-    elif key.kind in ("component", "components"):
+    elif key.kind in ("component", "component_or_name", "components") and not isinstance(value, str):
         sections = list(value) if isinstance(value, ListConfig) else [value]
         if not sections:
             yield Problem(key.name, [], "at least one section with _component_")

@@ -10,11 +10,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from kd_recipes.compression.keeping import Keeping
 from kd_recipes.errors import ConfigError, Problem, within
 from kd_recipes.losses import FeatureTerms
-from kd_recipes.parts import Loaded, build, load_model
+from kd_recipes.parts import Loaded, build, build_model, load_model
 from kd_recipes.students import Constraints, Student
 from kd_recipes.teachers import OnlineTeacher, Surroundings, Teacher, TeacherSource
+from kd_recipes.teachers.loading import load_frozen
 from kd_recipes.training.data import Loader
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, resolve_dtype
@@ -116,8 +118,16 @@ class Pair:
         wanted = section.get("dtype") or cfg.teacher_dtype or cfg.dtype
         dtype = self.parallel.each(resolve_dtype(wanted, device))[0]
         is_split = self.parallel.world_size > 1 and cfg.shard_teacher
-        loaded = self._load(key, section.model, section.checkpointer, dtype, device, is_split)
-        teacher = OnlineTeacher(loaded.model, device, self.features.teacher_taps, compile_blocks=cfg.compile)
+        keeping = Keeping.of(key, section, cfg)
+        skeleton = build_model(key, section.model, dtype=dtype, device=torch.device("meta"))
+        if keeping.is_plain(skeleton):
+            model = self._load(key, section.model, section.checkpointer, dtype, device, is_split).model
+        elif problems := [*keeping.problems(skeleton, dtype=dtype, device=device, is_split=is_split)]:
+            raise ConfigError(*problems)
+        else:
+            model = load_frozen(key, section.model, section.checkpointer, keeping, dtype=dtype, device=device)
+        is_compiled = cfg.compile and not keeping.cpu_offload  # hooks that wait for a copy are not to be traced
+        teacher = OnlineTeacher(model, device, self.features.teacher_taps, compile_blocks=is_compiled)
         if is_split:
             # without a backward pass, blocks that are not given back after the forward pass never are
             self.parallel.shard(teacher.model, replace(self._sharding(dtype), reshard_after_forward=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,13 +149,22 @@ def load_model(
     try:
         reader, state = _torchtune.load_checkpoint(checkpointer)
     except Exception as error:  # torchtune raises bare ones
-        where = checkpointer.get("checkpoint_dir", checkpointer._component_)
-        problem = Problem(CHECKPOINTERS.get(key, key), where, "a checkpoint that can be read", one_line(error))
-        raise ConfigError(problem) from error
+        raise unreadable(key, checkpointer, error) from error
     problems = _torchtune.load_weights(decoder, state)
     if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        wanted = "the model that the checkpoint holds"
-        raise ConfigError(Problem(key, model._component_, wanted, f"{problems[0]}{more}"))
+        raise does_not_fit(key, model, problems)
     file_dtype = next(tensor.dtype for tensor in state.values())
     return Loaded(decoder, reader, file_dtype)
+
+
+def unreadable(key: str, checkpointer: DictConfig, error: Exception) -> ConfigError:
+    """That the checkpoint of the model ``key`` cannot be read."""
+    where = checkpointer.get("checkpoint_dir", checkpointer._component_)
+    return ConfigError(Problem(CHECKPOINTERS.get(key, key), where, "a checkpoint that can be read", one_line(error)))
+
+
+def does_not_fit(key: str, model: DictConfig, problems: Sequence[str]) -> ConfigError:
+    """That the model ``key`` is not the one whose weights have been read."""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    wanted = "the model that the checkpoint holds"
+    return ConfigError(Problem(key, model._component_, wanted, f"{problems[0]}{more}"))

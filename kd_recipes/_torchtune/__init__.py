@@ -33,6 +33,12 @@ from torchtune.utils import get_logger
 
 from kd_recipes._torchtune.caches import Decoding as Decoding
 from kd_recipes._torchtune.caches import decoding as decoding
+from kd_recipes._torchtune.frozen import Assembly as Assembly
+from kd_recipes._torchtune.frozen import is_nf4 as is_nf4
+from kd_recipes._torchtune.frozen import map_tensors as map_tensors
+from kd_recipes._torchtune.frozen import plain_tensors as plain_tensors
+from kd_recipes._torchtune.frozen import to_nf4 as to_nf4
+from kd_recipes._torchtune.frozen import weights_of as weights_of
 from kd_recipes._torchtune.heads import Headless as Headless
 from kd_recipes._torchtune.heads import take_head as take_head
 from kd_recipes._torchtune.heads import without_head as without_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ class CompressedCheckpointer:
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights under torchtune's names; codes have become what they stand for, in float32."""
         return {training.MODEL_KEY: as_tune(self._source, [spec.name for spec in self._source.specs])}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What :meth:`load_checkpoint` loads, one at a time."""
+        for spec in self._source.specs:
+            if not spec.name.endswith(".scales"):
+                yield from as_tune(self._source, [spec.name]).items()
 
     def save_checkpoint(
         self,

@@ -41,7 +41,8 @@ class Surroundings:
         num_ids: ids that the student has, without the padding of its vocabulary.
         device: of the student.
         load: loads a model: (its key for messages, a section of ``model``, ``checkpointer`` and, where they are not to
-            be those of the config, ``dtype``, ``device`` and ``quantization``) -> a teacher that runs here.
+            be those of the config, ``dtype``, ``device``, ``quantization`` and ``cpu_offload``) -> a teacher that runs
+            here.
     """
 
     cfg: DictConfig

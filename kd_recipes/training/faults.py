@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.errors import RunError
 from kd_recipes.training.parallel import Parallel
@@ -111,8 +112,8 @@ def name_late_processes(parallel: Parallel, timeout: float) -> Iterator[None]:
 
 def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Of all of them, on this process."""
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
-    return sum(tensor.nbytes for tensor in local)
+    local = (p.to_local() if isinstance(p, DTensor) else p.detach() for p in parameters)
+    return sum(part.nbytes for tensor in local for part in _torchtune.plain_tensors(tensor))
 
 
 _ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory")
@@ -149,6 +150,8 @@ def _savings(cfg: DictConfig) -> Iterator[str]:
         yield "enable_activation_checkpointing=True keeps one block's activations at a time."
     if cfg.dtype == "fp32":
         yield "dtype=bf16 halves weights and activations."
+    if cfg.teacher_model is not None and cfg.teacher_quantization is None:
+        yield "teacher_quantization=int8 halves a bf16 teacher; teacher_cpu_offload=True keeps it in host memory."
     if "lora_rank" not in cfg.model:
         yield "A lora_ builder in `model` trains, and keeps moments for, a hundredth of the weights."
     yield "More processes (--nproc_per_node) share the models; a lower tokenizer.max_seq_len shortens the activations."

@@ -24,6 +24,7 @@ from kd_recipes.parts import CHECKPOINTERS, build_model, checkpoint_files, find_
 from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
+from kd_recipes.training.frozen import keeping_problems
 from kd_recipes.training.parallel import is_main_process, world_size
 from kd_recipes.training.schedules import Schedule
 
@@ -95,6 +96,8 @@ def _check_model(cfg: DictConfig, key: str, checkpointer: str, tokenizer: Any) -
             remedy = f"Its {what}: {found[what]} in the file, {built} in `{key}`"
             raise ConfigError(Problem(key, cfg[key]._component_, wanted, remedy))
     check_tokenizer(tokenizer, size.num_rows, size.max_seq_len, model=key)
+    if key == "teacher_model" and (problems := [*keeping_problems(cfg, model)]):
+        raise ConfigError(*problems)
     return size
 
 

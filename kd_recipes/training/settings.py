@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kd_recipes.compression.weight_only import FORMATS, is_format
 from kd_recipes.config import Key, is_positive
 from kd_recipes.training.precision import DTYPES, is_dtype_name
 from kd_recipes.training.schedules import is_schedule
@@ -39,6 +40,13 @@ KEYS = (
     ),
     Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=is_dtype_name),
     Key("teacher_device", "str", wanted="a device; the student's by default"),
+    Key("teacher_quantization", "component_or_name", wanted=FORMATS, check=is_format),
+    Key(
+        "teacher_cpu_offload",
+        "bool",
+        default=False,
+        wanted="whether the teacher's blocks wait in host memory, and come to its device two at a time",
+    ),
     Key(
         "student_constraints",
         "components",

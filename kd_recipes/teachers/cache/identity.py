@@ -35,6 +35,7 @@ class Identity:
         encoding: its settings.
         dtype: that the teacher computed in.
         format: of the files.
+        quantization: that the teacher's weights were in.
     """
 
     model: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Identity:
     encoding: Mapping[str, Any]
     dtype: str
     format: int = FORMAT
+    quantization: Any = None
 
     def save(self, directory: Path, tokens: Mapping[str, int]) -> None:
         """Begin a cache with it, and with the map from tokens to ids.
@@ -78,6 +80,12 @@ class Identity:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(Problem(".path", str(file), "a cache.json that can be read", one_line(error))) from error
+
+
+def quantization_of(cfg: DictConfig) -> Any:
+    """What a config says of the teacher's weights: a name, or a section."""
+    value = cfg.teacher_quantization
+    return plain(value) if isinstance(value, DictConfig) else value
 
 
 def plain(section: DictConfig) -> dict[str, Any]:
@@ -119,6 +127,9 @@ def differences(cache: Identity, cfg: DictConfig, directory: Path) -> Iterator[P
         new, old = plain(cfg.teacher_model), dict(cache.model)
         name = next(name for name in sorted({*new, *old}) if new.get(name) != old.get(name))
         yield Problem(f"teacher_model.{name}", new.get(name), f"{old.get(name)}, as the cache was made with", _AGAIN)
+    if cfg.teacher_model is not None and quantization_of(cfg) != cache.quantization:
+        wanted = f"{cache.quantization}, as the cache was made with"
+        yield Problem("teacher_quantization", quantization_of(cfg), wanted, _AGAIN)
     digest, tokens = hash_tokens(cfg.tokenizer)
     if digest != cache.tokens:
         known = json.loads((directory / _TOKENS).read_text(encoding="utf-8"))
