@@ -7,7 +7,7 @@ that was cut off goes on, and new data is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from kd_recipes.batch import Batch
+from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, RunError, within
 from kd_recipes.evaluation.tokens import token_values
@@ -118,6 +118,7 @@ def main(cfg: DictConfig) -> None:
             job = _Job(found, source, parallel, tokenizer, loaders, num_ids)
             found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype
             teacher = _write(job)
+            _say_losses(job)
             if cfg.check:
                 _check(job, teacher or job.teacher())
     finally:
@@ -208,6 +209,30 @@ def _write(job: _Job) -> OnlineTeacher | None:
     parallel.each(None)  # all of them have written
     tell(_describe(job.source.open_cache()))
     return teacher
+
+
+def _say_losses(job: _Job) -> None:
+    """What the teacher makes of the labels: one that predicts them badly has to be corrected first."""
+    cache, parallel = job.source.open_cache(), job.parallel
+    for name, loader in job.loaders.items():
+        share = islice(loader.batches(), parallel.rank, None, parallel.world_size)
+        sums = parallel.sum(torch.tensor(_label_losses(cache, share), dtype=torch.float64))
+        total, count = sums.tolist()
+        if parallel.is_main:
+            mean = total / max(count, 1)
+            print(f"{name}: the teacher's cross entropy is {mean:.4f} nats a token, of {count:,.0f} tokens")
+
+
+def _label_losses(cache: Cache, batches: Iterable[Batch]) -> tuple[float, int]:
+    """The sum of the teacher's cross entropies with the labels, at temperature 1, and the number of these."""
+    total, count = 0.0, 0
+    for batch in batches:
+        exact = cache.signal(batch).unsoftened
+        assert exact is not None
+        is_label_T = batch.labels_BS.flatten() != IGNORE_INDEX
+        total -= float(exact.log_p_label_T[is_label_T].double().sum())
+        count += int(is_label_T.sum())
+    return total, count
 
 
 def _say_nothing(_: str) -> None:

@@ -30,7 +30,7 @@ from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, ch
 from kd_recipes.monitoring import Alert
 from kd_recipes.monitoring.metrics import StepMeter
 from kd_recipes.monitoring.recorder import Recorder
-from kd_recipes.pair import Pair
+from kd_recipes.pair import Pair, teacher_source
 from kd_recipes.parts import build, build_callable, build_profiler
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Constraints
@@ -82,7 +82,8 @@ class DistillRecipe(FTRecipeInterface):
     def setup(self, cfg: DictConfig) -> None:
         """Build everything, cheapest to check first: data, then models, then their weights."""
         self._tokenizer = build("tokenizer", cfg.tokenizer)
-        sizes = check_models(cfg, self._tokenizer, ["model", *(["teacher_model"] if loads_teacher_model(cfg) else [])])
+        source, keys = teacher_source(cfg), ["model", "teacher_model"][: 1 + loads_teacher_model(cfg)]
+        sizes = check_models(cfg, self._tokenizer, keys, source.models() if source else {})
         self._num_ids = min(size.num_rows for size in sizes)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._constraints = Constraints.build("student_constraints", cfg.student_constraints, cfg)
@@ -108,11 +109,11 @@ class DistillRecipe(FTRecipeInterface):
         # the optimizer needs the weights, but what is wrong with its settings can be known without them
         self._build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1, 1, device=self._device))]}])
         pair = Pair(cfg, self._dtype, self._device, self._parallel, self._features)
-        source = pair.teacher_source({"dataset": self._loader, "eval_dataset": self._eval_loader})
+        pair.compare(source, {"dataset": self._loader, "eval_dataset": self._eval_loader})
         self.student = pair.student(self._constraints)
         self._teacher = pair.teacher(source, self._tokenizer, self._num_ids)
         self._online = self._teacher.online if self._teacher else None
-        asked = self._online.model if self._online and needs_teacher(cfg) else None
+        asked = self._teacher.models if self._teacher and needs_teacher(cfg) else ()
         self._meter = StepMeter(self._device, self.student.model, asked)
         self._updates = Updates(
             self.student.trainable(),
@@ -372,7 +373,7 @@ class DistillRecipe(FTRecipeInterface):
         """Bytes of what stays in memory, by what it is."""
         return {
             "student": num_bytes(self.student.model.parameters()),
-            "teacher": num_bytes(self._online.model.parameters() if self._online else ()),
+            "teacher": sum(num_bytes(m.parameters()) for m in (self._teacher.models if self._teacher else ())),
             "moments, if the optimizer is Adam": 2 * num_bytes(self._updates.parameters.values()),
         }
 

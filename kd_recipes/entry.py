@@ -21,11 +21,16 @@ from omegaconf import DictConfig
 from kd_recipes.config import Key, hide_environment, load, validate
 from kd_recipes.errors import ConfigError, Problem, RunError
 
-RECIPES = ("cache_teacher", "compress", "distill", "evaluate", "export", "import_gguf", "sweep")
+RECIPES = ("cache_teacher", "compress", "correct_teacher", "distill", "evaluate", "export", "import_gguf", "sweep")
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
-_PARALLEL = ("cache_teacher", "distill", "evaluate")  # recipes that share their work out to the processes of torchrun
+_PARALLEL = (
+    "cache_teacher",
+    "correct_teacher",
+    "distill",
+    "evaluate",
+)  # recipes that share their work out to the processes of torchrun
 
 
 def requested_recipe() -> str | None:

@@ -20,7 +20,23 @@ from kd_recipes.teachers.loading import load_frozen
 from kd_recipes.training.data import Loader
 from kd_recipes.training.parallel import Parallel, Sharding, local_device
 from kd_recipes.training.precision import DTYPES, resolve_dtype
-from kd_recipes.training.preflight import asks_teacher, loads_teacher_model
+from kd_recipes.training.preflight import asks_teacher, check_source, loads_teacher_model
+
+
+def teacher_source(cfg: DictConfig) -> TeacherSource | None:
+    """What a ``teacher:`` section describes; None where there is none or no use for it.
+
+    Raises:
+        ConfigError: it is no such section, or something is wrong with the files of the models that it names.
+    """
+    section = cfg.teacher
+    if section is None or not asks_teacher(cfg):
+        return None
+    source = within("teacher", lambda: build("teacher", section))
+    if not isinstance(source, TeacherSource):
+        raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
+    within("teacher", lambda: check_source(cfg, source.models()))
+    return source
 
 
 @dataclass(frozen=True)
@@ -62,23 +78,18 @@ class Pair:
         self.parallel.shard(student.model, self._sharding(self.dtype))
         return student
 
-    def teacher_source(self, data: Mapping[str, Loader | None]) -> TeacherSource | None:
-        """What a ``teacher:`` section describes, compared with the config; None where there is none or no use for it.
+    def compare(self, source: TeacherSource | None, data: Mapping[str, Loader | None]) -> None:
+        """Compare a teacher with the config, and with what it will be asked about.
 
         Args:
-            data: what the teacher will be asked about, by the key of its section.
+            source: of :func:`teacher_source`.
+            data: by the key of its section.
 
         Raises:
-            ConfigError: it is no such section, or does not suit the config or the data.
+            ConfigError: it does not suit them.
         """
-        section = self.cfg.teacher
-        if section is None or not asks_teacher(self.cfg):
-            return None
-        source = within("teacher", lambda: build("teacher", section))
-        if not isinstance(source, TeacherSource):
-            raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
-        within("teacher", lambda: self._compare(source, data))
-        return source
+        if source is not None:
+            within("teacher", lambda: self._compare(source, data))
 
     def _compare(self, source: TeacherSource, data: Mapping[str, Loader | None]) -> None:
         if problems := [*source.problems(self.cfg)] or [*self._missing(source, data)]:

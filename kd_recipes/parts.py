@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +18,6 @@ from kd_recipes.errors import ConfigError, Problem, one_line
 
 # The section of a model -> the section of its weights.
 CHECKPOINTERS = {"model": "checkpointer", "teacher_model": "teacher_checkpointer"}
-
-
-def checkpoint_files(section: DictConfig) -> list[Path]:
-    """The files that a checkpointer section names, as paths."""
-    files = section.checkpoint_files
-    if isinstance(files, DictConfig):  # {filename_format: model-{}-of-{}.safetensors, max_filename: "00004"}
-        last = str(files.max_filename)
-        numbers = (str(number).zfill(len(last)) for number in range(1, int(last) + 1))
-        files = [files.filename_format.format(number, last) for number in numbers]
-    return [Path(section.checkpoint_dir) / str(name) for name in files]
 
 
 def build(key: str, section: DictConfig | None, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What a model says of a batch: logits that are not computed yet, or the few likeliest ids.
+"""What a model says of a batch: logits that are not computed yet, of one model or several, or the few likeliest ids.
 
 The one thing that a loss knows of student and teacher. Logits stay products of hidden states and output heads until
 the loss wants them, some tokens at a time.
 """
 
-# B sequences, S positions, T = B * S, n some of them, D_k widths, V vocabulary, K ids kept
+# B sequences, S positions, T = B * S, n some of them, D_k widths, V vocabulary, K ids kept, M models
 
 from __future__ import annotations
 
@@ -139,6 +139,38 @@ class DenseSignal:
 
 
 @dataclass(frozen=True)
+class MixtureSignal:
+    """Several models' distributions, mixed as probabilities, each softened by itself: ``p = sum_i w_i p_i``.
+
+    Equals, without the memory,
+
+        log_p = torch.logsumexp(torch.stack([log_w[i] + log_softmax(z[i] / temperature) for i in models]), 0)
+
+    Args:
+        logits: name of a model -> over all ids.
+        log_weights_TM: logarithms of the weights, which sum to 1 in each row; -inf for a weight of 0.
+        by_likelihood: whether each weight is multiplied by its model's probability of the label, at temperature 1, and
+            brought back to a sum of 1: the posterior of the models, given the label.
+    """
+
+    logits: Mapping[str, LinearLogits]
+    log_weights_TM: Tensor
+    by_likelihood: bool = False
+
+    def log_weights(self, positions: slice | Tensor, log_p_label_nM: Tensor) -> Tensor:
+        """Those that some tokens are mixed with ``[n, M]``.
+
+        Args:
+            positions: which of the T tokens.
+            log_p_label_nM: what each model gives their labels at temperature 1.
+        """
+        if isinstance(positions, Tensor):
+            positions = positions.to(self.log_weights_TM.device)
+        log_weights_nM = self.log_weights_TM[positions].to(log_p_label_nM)
+        return (log_weights_nM + log_p_label_nM).log_softmax(-1) if self.by_likelihood else log_weights_nM
+
+
+@dataclass(frozen=True)
 class Exact:
     """What is known of a teacher's whole distribution at each position, at one temperature.
 
@@ -227,4 +259,4 @@ class SparseSignal:
         return cls(ids_TK, log_p_TK, log_tail_T, temperature)
 
 
-Signal = DenseSignal | SparseSignal
+Signal = DenseSignal | SparseSignal | MixtureSignal

@@ -201,8 +201,12 @@ def settle(directory: Path, destination_dir: Path, record: Mapping[str, object],
 
 def add_figures(directory: Path, figures: Mapping[str, object]) -> None:
     """Write beside what was done what it has cost, in ``compression.json``."""
-    steps = lineage(directory)
-    steps[-1] = {**steps[-1], "figures": figures}
+    replace_record(directory, {**lineage(directory)[-1], "figures": figures})
+
+
+def replace_record(directory: Path, record: Mapping[str, object]) -> None:
+    """Say in ``compression.json`` what was done last, in the place of what it says; made where there is none."""
+    steps = [*lineage(directory)[:-1], record]
     unfinished = directory / f".{RECORD}"
     write_json(unfinished, {"steps": steps})
     unfinished.replace(directory / RECORD)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.evaluation.calibration import Reliability
-from kd_recipes.evaluation.tokens import token_values
+from kd_recipes.evaluation.tokens import teacher_names, token_values
 from kd_recipes.signals import DenseSignal, Signal
 
 
@@ -33,6 +33,7 @@ class HeldOut:
         teacher_accuracy: its own.
         teacher_entropy: of its predictions.
         teacher_calibration_error: of its confidence.
+        teachers: of each teacher of a mixture ``teacher_<name>/cross_entropy``, ``…/kl`` to the model, ``…/weight``.
     """
 
     num_tokens: int
@@ -47,6 +48,7 @@ class HeldOut:
     teacher_accuracy: float = math.nan
     teacher_entropy: float = math.nan
     teacher_calibration_error: float = math.nan
+    teachers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -65,8 +67,8 @@ class HeldOut:
     def metrics(self) -> dict[str, float]:
         """By name, for tables and loggers."""
         means = asdict(self)
-        del means["num_tokens"]
-        return {"perplexity": self.perplexity, **means}
+        del means["num_tokens"], means["teachers"]
+        return {"perplexity": self.perplexity, **means, **self.teachers}
 
 
 def evaluate_held_out(
@@ -88,33 +90,38 @@ def evaluate_held_out(
     Raises:
         ConfigError: no token has a label.
     """
-    names = _ALONE if signal is None else (*_ALONE, *_BESIDE)
-    sums = dict.fromkeys(names, 0.0)
+    sums = dict.fromkeys(_ALONE if signal is None else (*_ALONE, *_BESIDE), 0.0)
+    of_teachers: dict[str, float] = {}
     num_tokens = 0
     reliabilities = {"": Reliability(), "reference_": Reliability()}
     with torch.no_grad():
         for batch in batches:
-            tokens = token_values(model(batch), signal(batch) if signal else None, batch, num_ids=num_ids)
+            reference = signal(batch) if signal else None
+            of_teachers = of_teachers or dict.fromkeys(teacher_names(reference), 0.0)
+            tokens = token_values(model(batch), reference, batch, num_ids=num_ids)
             if not tokens.values:  # every label of the batch is masked
                 continue
             num_tokens += len(tokens.labels_N)
-            for name in names:
-                sums[name] += float(tokens.values[name].double().sum())
+            for part in (sums, of_teachers):
+                for name in part:
+                    part[name] += float(tokens.values[name].double().sum())
             for prefix, reliability in reliabilities.items():
                 if f"{prefix}confidence" in tokens.values:
                     reliability.add(tokens.values[f"{prefix}confidence"], tokens.values[f"{prefix}accuracy"])
     counted = [r.sums_3B.flatten() for r in reliabilities.values()]
-    flat = reduce(torch.cat([torch.tensor([num_tokens, *sums.values()], dtype=torch.float64), *counted]))
-    total, means = flat[0], (flat[1 : 1 + len(names)] / flat[0]).tolist()
+    added = [num_tokens, *sums.values(), *of_teachers.values()]
+    flat = reduce(torch.cat([torch.tensor(added, dtype=torch.float64), *counted]))
+    total, means = flat[0], (flat[1 : len(added)] / flat[0]).tolist()
     if total == 0:
         remedy = "Raise max_eval_batches or look at the masking of the held-out data"
         raise ConfigError(Problem("eval_dataset", "0 tokens with a label", "at least one in its batches", remedy))
-    mine, teachers = (Reliability(part) for part in flat[1 + len(names) :].view(2, *counted[0].view(3, -1).shape))
+    mine, theirs = (Reliability(part) for part in flat[len(added) :].view(2, *counted[0].view(3, -1).shape))
     return HeldOut(
         num_tokens=int(total),
         calibration_error=mine.expected_calibration_error,
-        teacher_calibration_error=teachers.expected_calibration_error,
-        **{_FIELDS.get(name, name): mean for name, mean in zip(names, means, strict=True)},
+        teacher_calibration_error=theirs.expected_calibration_error,
+        teachers=dict(zip(of_teachers, means[len(sums) :], strict=True)),
+        **{_FIELDS.get(name, name): mean for name, mean in zip(sums, means[: len(sums)], strict=True)},
     )
 
 

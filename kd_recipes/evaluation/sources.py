@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.compression.checkpoint import read_checkpoint, sections, weight_files
 from kd_recipes.errors import ConfigError, Problem, one_line, renamed
-from kd_recipes.parts import checkpoint_files
+from kd_recipes.headers import checkpoint_files
 
 WANTED = "a Hugging Face checkpoint directory, a .gguf file, or sections `model` and `checkpointer`"
 

@@ -1,17 +1,18 @@
 """What a model says of each token of a text, alone and beside a reference: the numbers that all others are made of."""
 
-# B sequences, S positions, T = B * S, N tokens with a label, n some of them, V vocabulary
+# B sequences, S positions, T = B * S, N tokens with a label, n some of them, V vocabulary, M teachers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from kd_recipes.batch import IGNORE_INDEX, Batch
-from kd_recipes.signals import DenseSignal, Signal, SparseSignal
+from kd_recipes.signals import DenseSignal, LinearLogits, MixtureSignal, Signal, SparseSignal
 
 MAX_LOGITS = 2**24  # of a model that exist at a time, in float32
 
@@ -28,7 +29,8 @@ class TokenValues:
             model) and ``reverse_kl`` in nats, ``agreement``: 1 where both have the same likeliest id,
             ``reference_cross_entropy``, ``reference_entropy``, ``reference_accuracy``, ``reference_confidence``. With
             a sparse reference both divergences are at its temperature, over its ids and one bucket for all others, or
-            estimated from the ids drawn; what it does not know is nan.
+            estimated from the ids drawn; what it does not know is nan. Of a mixture, ``reference_`` is what it is
+            before its weights have seen the label, and of each teacher there are :func:`teacher_names`.
     """
 
     rows_N: Tensor
@@ -50,7 +52,7 @@ def token_values(model: DenseSignal, reference: Signal | None, batch: Batch, *, 
     positions_N = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
     parts: list[dict[str, Tensor]] = []
     for positions_n in positions_N.split(max(1, MAX_LOGITS // num_ids)):
-        log_q_nV = _log_softmax(model, positions_n, num_ids)
+        log_q_nV = _log_softmax(model.logits, positions_n, num_ids)
         labels_n = labels_T[positions_n].to(log_q_nV.device)
         values = _alone(log_q_nV, labels_n)
         if reference is not None:
@@ -62,8 +64,14 @@ def token_values(model: DenseSignal, reference: Signal | None, batch: Batch, *, 
     return TokenValues((positions_N // batch.labels_BS.shape[1]).cpu(), labels_T[positions_N].cpu(), joined)
 
 
-def _log_softmax(signal: DenseSignal, positions_n: Tensor, num_ids: int) -> Tensor:
-    return signal.logits.first(num_ids).compute(positions_n).float().log_softmax(-1)
+def teacher_names(reference: Signal | None) -> Sequence[str]:
+    """What is known of each teacher of a mixture: its cross entropy, its KL(teacher || model), its weight."""
+    names = reference.logits if isinstance(reference, MixtureSignal) else ()
+    return [f"teacher_{name}/{value}" for name in names for value in ("cross_entropy", "kl", "weight")]
+
+
+def _log_softmax(logits: LinearLogits, positions_n: Tensor, num_ids: int) -> Tensor:
+    return logits.first(num_ids).compute(positions_n).float().log_softmax(-1)
 
 
 def _alone(log_q_nV: Tensor, labels_n: Tensor) -> dict[str, Tensor]:
@@ -81,12 +89,38 @@ def _compare(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a reference says of the labels, and how the model compares with it."""
     if isinstance(reference, DenseSignal):
-        log_p_nV = _log_softmax(reference, positions_n, log_q_nV.shape[1]).to(log_q_nV.device)
+        log_p_nV = _log_softmax(reference.logits, positions_n, log_q_nV.shape[1]).to(log_q_nV.device)
         return _alone(log_p_nV, labels_n), _beside(log_q_nV, log_p_nV)
+    if isinstance(reference, MixtureSignal):
+        return _compare_mixture(log_q_nV, reference, positions_n, labels_n)
     sparse = reference[positions_n.to(reference.ids_TK.device)].to(log_q_nV.device)
     own = _known(sparse, labels_n)
     shared = _beside_drawn(log_q_nV, sparse) if sparse.is_drawn else _beside_likeliest(log_q_nV, sparse)
     return own, shared | {"agreement": (_likeliest(sparse) == log_q_nV.argmax(-1)).float()}
+
+
+def _compare_mixture(
+    log_q_nV: Tensor, mixture: MixtureSignal, positions_n: Tensor, labels_n: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    log_p_MnV = [
+        _log_softmax(logits, positions_n, log_q_nV.shape[1]).to(log_q_nV.device) for logits in mixture.logits.values()
+    ]
+    log_p_label_nM = torch.cat([log_p_nV.gather(1, labels_n[:, None]) for log_p_nV in log_p_MnV], 1)
+    log_prior_nM = mixture.log_weights_TM[positions_n.to(mixture.log_weights_TM.device)].to(log_p_label_nM)
+    log_weights_nM = mixture.log_weights(positions_n, log_p_label_nM)
+    values = [
+        (-log_p_label_nM[:, index], _expectation(log_p_nV, log_p_nV - log_q_nV), log_weights_nM[:, index].exp())
+        for index, log_p_nV in enumerate(log_p_MnV)
+    ]
+    of_teachers = dict(zip(teacher_names(mixture), (value_n for three in values for value_n in three), strict=True))
+    own = _alone(_mixed(log_p_MnV, log_prior_nM), labels_n)
+    return own, _beside(log_q_nV, _mixed(log_p_MnV, log_weights_nM)) | of_teachers
+
+
+def _mixed(log_p_MnV: Sequence[Tensor], log_weights_nM: Tensor) -> Tensor:
+    weighted = (log_p_nV + log_n1 for log_p_nV, log_n1 in zip(log_p_MnV, log_weights_nM.split(1, -1), strict=True))
+    mixed_nV: Tensor = reduce(torch.logaddexp, weighted)
+    return mixed_nV
 
 
 def _likeliest(sparse: SparseSignal) -> Tensor:

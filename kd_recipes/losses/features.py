@@ -24,7 +24,7 @@ from kd_recipes._torchtune import ModelSize
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.errors import ConfigError, Problem, gather, within
 from kd_recipes.losses.objective import LossSum
-from kd_recipes.signals import DenseSignal, Kind, SparseSignal, Tap
+from kd_recipes.signals import DenseSignal, Kind, Signal, Tap
 
 Features = Mapping[Tap, Tensor]
 Layers = Literal["uniform", "last"] | Sequence[Sequence[int]]
@@ -355,7 +355,7 @@ class FeatureTerms(nn.Module):
         self,
         loss: LossSum,
         student: DenseSignal,
-        signal: DenseSignal | SparseSignal | None,
+        signal: Signal | None,
         batch: Batch,
         num_tokens: int = 1,
     ) -> LossSum:

@@ -10,7 +10,7 @@ inputs and, unless it is frozen, once for its weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_recipes.losses.mixture import Mixer
 from kd_recipes.losses.rows import TOKEN_VALUES, Terms, replace_by_gradient
-from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
+from kd_recipes.signals import DenseSignal, LinearLogits, MixtureSignal, Signal, SparseSignal
 
 # Tokens of a chunk: 256 fill a CPU's matrix units, a GPU wants more; and logits of a chunk, of each model.
 _CHUNK_TOKENS_CPU, _CHUNK_ELEMENTS_CPU = 256, 256 * 152_064
@@ -58,7 +59,7 @@ class Tokens:
 
 def fused_loss(
     student: LinearLogits,
-    signal: DenseSignal | SparseSignal | None,
+    signal: Signal | None,
     tokens: Tokens,
     terms: Terms,
     *,
@@ -81,7 +82,8 @@ def fused_loss(
         compiled: whether the arithmetic on a chunk's logits is compiled into one kernel; on a GPU if None.
 
     Returns:
-        The total, float32, and the unweighted sums ``[len(TOKEN_VALUES)]`` of what is known of each token, float64.
+        The total, float32, and the unweighted sums ``[len(TOKEN_VALUES)]`` of what is known of each token, float64; of
+        a mixture, those of :func:`~kd_recipes.losses.mixture.value_names` follow.
     """
     device = tokens.labels_N.device
     if chunk_size is None:
@@ -102,7 +104,7 @@ def _choose_chunk_size(num_ids: int, device: torch.device) -> int:
 @dataclass(frozen=True)
 class _Call:
     student: LinearLogits
-    signal: DenseSignal | SparseSignal | None
+    signal: Signal | None
     tokens: Tokens
     terms: Terms
     num_ids: int
@@ -120,10 +122,11 @@ class _FusedLoss(torch.autograd.Function):
         sums = torch.zeros(len(TOKEN_VALUES), dtype=torch.float64, device=call.tokens.labels_N.device)
         for positions, labels_n, weights_n in call.tokens.chunks(call.chunk_size):
             logits_nV = chunks.student_logits(positions, len(labels_n))
-            teacher = chunks.teacher(positions, len(labels_n))
+            teacher = chunks.teacher(positions, labels_n)
             sums += chunks.replace_by_gradient(logits_nV[:, : call.num_ids], teacher, labels_n, weights_n)
             logits_nV[:, call.num_ids :] = 0  # rows of the head that stand for no id
             grads.add(positions, logits_nV)
+        sums = chunks.complete(sums)
         ctx.grads = grads.tensors
         ctx.mark_non_differentiable(sums)
         return sums[0].to(_arithmetic_dtype(call.student.dtype)), sums
@@ -154,6 +157,18 @@ class _ChunkBuffers:
         num_rows = min(num_tokens, _rows_at_a_time(call.num_ids, device))
         shape = (0 if call.is_compiled else call.terms.num_buffers, num_rows, call.num_ids)
         self._scratch = torch.empty(shape, dtype=_arithmetic_dtype(student.dtype), device=device)
+        self._terms, self._mixer = call.terms, None
+        if isinstance(call.signal, MixtureSignal):
+            self._mixer = Mixer(
+                call.signal,
+                num_ids=call.num_ids,
+                temperature=call.terms.teacher_temperature,
+                num_tokens=num_tokens,
+                device=device,
+                dtype=_arithmetic_dtype(student.dtype),
+                is_compiled=call.is_compiled,
+            )
+            self._terms = replace(call.terms, teacher_temperature=1.0)  # what is mixed is softened already
 
     def student_logits(self, positions: slice | Tensor, num_tokens: int) -> Tensor:
         """Logits before the soft cap, in memory that may be written to."""
@@ -161,10 +176,12 @@ class _ChunkBuffers:
         logits_nV = self._call.student.before_cap(positions, out_nV)
         return logits_nV if logits_nV is out_nV else out_nV.copy_(logits_nV)
 
-    def teacher(self, positions: slice | Tensor, num_tokens: int) -> Tensor | SparseSignal | None:
+    def teacher(self, positions: slice | Tensor, labels_n: Tensor) -> Tensor | SparseSignal | None:
         """What the teacher says of the tokens."""
+        if self._mixer is not None:
+            return self._mixer.mix(positions, labels_n, list(self._scratch[:2]))
         if self._teacher_logits is not None:
-            return self._teacher_logits.before_cap(positions, self._teacher[:num_tokens])
+            return self._teacher_logits.before_cap(positions, self._teacher[: len(labels_n)])
         signal = self._call.signal
         return signal[positions] if isinstance(signal, SparseSignal) else None
 
@@ -172,7 +189,7 @@ class _ChunkBuffers:
         self, logits_nV: Tensor, teacher: Tensor | SparseSignal | None, labels_n: Tensor, weights_n: Tensor
     ) -> Tensor:
         """:func:`~kd_recipes.losses.rows.replace_by_gradient`, block by block; returns sums over the tokens."""
-        terms = self._call.terms
+        terms = self._terms
         if self._call.is_compiled:
             return _compiled()(logits_nV, teacher, labels_n, weights_n, terms).sum(-1, dtype=torch.float64)
         sums = torch.zeros(len(TOKEN_VALUES), dtype=torch.float64, device=logits_nV.device)
@@ -184,6 +201,10 @@ class _ChunkBuffers:
             values = replace_by_gradient(logits_nV[block], part, labels_n[block], weights_n[block], terms, scratch)
             sums += values.sum(-1, dtype=torch.float64)
         return sums
+
+    def complete(self, sums: Tensor) -> Tensor:
+        """Sums over all tokens, with what is known of each teacher behind them."""
+        return sums if self._mixer is None else self._mixer.complete(sums)
 
 
 class _Gradients:

@@ -9,7 +9,7 @@ The one division, by the number of valid tokens of the whole step, is made in fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.losses.divergences import Divergence, ForwardKL
 from kd_recipes.losses.fused import Tokens, fused_loss
+from kd_recipes.losses.mixture import value_names
 from kd_recipes.losses.rows import TOKEN_VALUES, Terms
-from kd_recipes.signals import DenseSignal, SparseSignal
+from kd_recipes.signals import DenseSignal, MixtureSignal, Signal, SparseSignal
 
 _WITHOUT_TEACHER = ("cross_entropy", "accuracy")
 QUALITIES = tuple(name for name in TOKEN_VALUES if name not in ("total", "cross_entropy", "divergence"))
@@ -35,7 +36,9 @@ class LossSum:
             ``divergence`` (at its temperatures, without the factor T^2), ``forward_kl``, ``reverse_kl``,
             ``teacher_entropy`` and ``student_entropy`` (at the divergence's temperatures) in nats;
             ``accuracy``: the student's likeliest id is the label; ``agreement``: it is the teacher's;
-            ``teacher_label_mass``: the teacher's probability of the label. Only what was computed.
+            ``teacher_label_mass``: the teacher's probability of the label; ``teacher_cross_entropy``: its own with the
+            label, at temperature 1, of a mixture before it has seen the label; of each teacher of a mixture
+            ``teacher_<name>/cross_entropy``, likewise, and ``teacher_<name>/weight``. Only what was computed.
         num_tokens: valid tokens.
     """
 
@@ -71,9 +74,7 @@ class Objective:
         """Whether a signal changes the gradient."""
         return self.kd_ratio > 0
 
-    def __call__(
-        self, student: DenseSignal, signal: DenseSignal | SparseSignal | None, batch: Batch, num_tokens: int = 1
-    ) -> LossSum:
+    def __call__(self, student: DenseSignal, signal: Signal | None, batch: Batch, num_tokens: int = 1) -> LossSum:
         """Sums over the tokens whose label is not masked; the others never reach a matrix product.
 
         Args:
@@ -112,9 +113,17 @@ class Objective:
         tokens = _valid_tokens(batch, num_tokens)
         num_ids = self.num_ids or student.logits.num_rows
         total, sums = fused_loss(student.logits, signal, tokens, terms, num_ids=num_ids, chunk_size=self.chunk_size)
-        names = _WITHOUT_TEACHER if signal is None else TOKEN_VALUES[1:]
-        by_name = {name: sums[TOKEN_VALUES.index(name)] for name in names}
+        by_name = {name: sums[TOKEN_VALUES.index(name)] for name in _known(signal)}
+        if isinstance(signal, MixtureSignal):
+            by_name |= zip(value_names(signal), sums[len(TOKEN_VALUES) :], strict=True)
         return LossSum(total, by_name, len(tokens.labels_N))
+
+
+def _known(signal: Signal | None) -> Sequence[str]:
+    if signal is None:
+        return _WITHOUT_TEACHER
+    is_ignorant = isinstance(signal, SparseSignal) and signal.unsoftened is None
+    return [name for name in TOKEN_VALUES[1:] if not (is_ignorant and name == "teacher_cross_entropy")]
 
 
 def _valid_tokens(batch: Batch, num_tokens: int) -> Tokens:

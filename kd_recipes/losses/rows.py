@@ -29,6 +29,7 @@ TOKEN_VALUES = (
     "teacher_entropy",
     "student_entropy",
     "teacher_label_mass",
+    "teacher_cross_entropy",  # at temperature 1, whatever the others are at
 )
 _MIN_TAIL = 1e-30  # of the student's probability outside a sparse teacher's ids, where float32 underflows
 _ARGMAX_BLOCK = 128
@@ -81,21 +82,22 @@ def replace_by_gradient(
         scratch: ``terms.num_buffers`` tensors ``[n, V]`` in the dtype of the arithmetic.
 
     Returns:
-        ``[len(TOKEN_VALUES), n]``, of which the total alone is weighted; 0 for what needs a teacher and has none.
+        ``[len(TOKEN_VALUES), n]``, of which the total alone is weighted; 0 for what needs a teacher and has none, and
+        for what a sparse one does not know.
     """
     z_nV, q_nV, *free = scratch
     labels_n1, weights_n1 = labels_n.unsqueeze(1), weights_n.unsqueeze(1).to(z_nV.dtype)
     ce_weight, kd_weight = 1 - terms.kd_ratio, terms.kd_ratio * terms.temperature
-    _load(student_nV, terms.student_cap, z_nV)
+    load(student_nV, terms.student_cap, z_nV)
     top_n1 = likeliest(z_nV)
-    log_sum_exp_n1 = _softmax(z_nV, top_n1, out=q_nV)
+    log_sum_exp_n1 = softmax(z_nV, top_n1, out=q_nV)
     cross_entropy_n = _cross_entropy(z_nV, labels_n1, log_sum_exp_n1, terms.label_smoothing)
     values = {"cross_entropy": cross_entropy_n, "accuracy": (top_n1 == labels_n1).squeeze(1)}
     total_n = ce_weight * cross_entropy_n
     shares_labels = teacher is None or terms.temperature == 1.0  # whether the label's gradient, too, is made of q
     if not shares_labels:
         q1_nV = free.pop().copy_(q_nV)
-        log_sum_exp_n1 = _softmax(z_nV.div_(terms.temperature), top_n1, out=q_nV)
+        log_sum_exp_n1 = softmax(z_nV.div_(terms.temperature), top_n1, out=q_nV)
     q_factor_n1 = weights_n1 * (ce_weight if shares_labels else 0.0)
     if teacher is not None:
         log_q_nV = z_nV.sub_(log_sum_exp_n1)
@@ -153,14 +155,16 @@ def _compare_dense(
     free: Sequence[Tensor],
 ) -> _Pull:
     log_p_nV, p_nV = free
-    _load(teacher_nV, terms.teacher_cap, log_p_nV)
-    if terms.teacher_temperature != 1.0:
-        log_p_nV.div_(terms.teacher_temperature)
+    load(teacher_nV, terms.teacher_cap, log_p_nV)
     teacher_top_n1 = likeliest(log_p_nV)
-    log_p_nV.sub_(_softmax(log_p_nV, teacher_top_n1, out=p_nV))
+    log_sum_exp_n1 = softmax(log_p_nV, teacher_top_n1, out=p_nV)
+    cross_entropy_n = _cross_entropy(log_p_nV, labels_n1, log_sum_exp_n1, label_smoothing=0.0)
+    if terms.teacher_temperature != 1.0:
+        log_sum_exp_n1 = softmax(log_p_nV.div_(terms.teacher_temperature), teacher_top_n1, out=p_nV)
+    log_p_nV.sub_(log_sum_exp_n1)
     label_mass_n = p_nV.gather(1, labels_n1).squeeze(1)
     at = Distributions.compare(p_nV, log_p_nV, q_nV, log_q_nV)
-    values = _moments(at, teacher_top_n1 == top_n1, label_mass_n)
+    values = _moments(at, teacher_top_n1 == top_n1, label_mass_n) | {"teacher_cross_entropy": cross_entropy_n}
     values["divergence"], a_nV = terms.divergence(at)
     return _Pull(values, -a_nV.sum(-1, keepdim=True), a_nV)
 
@@ -245,13 +249,14 @@ def _sparse_moments(
     at: Distributions, teacher: SparseSignal, q_nV: Tensor, log_q_nV: Tensor, labels_n1: Tensor, top_n1: Tensor
 ) -> dict[str, Tensor]:
     """As :func:`_moments`: over what the teacher names, or exactly where it knows more than that."""
-    exact = teacher.exact
+    exact, unsoftened = teacher.exact, teacher.unsoftened
+    known = {} if unsoftened is None else {"teacher_cross_entropy": -unsoftened.log_p_label_T}
     if exact is None:
         is_label_nK = (teacher.ids_TK == labels_n1) & (teacher.log_p_TK > LOG_ZERO)
         label_mass_n = teacher.log_p_TK.exp().mul(is_label_nK).sum(-1)
         teacher_top_n1 = teacher.ids_TK.gather(1, teacher.log_p_TK.argmax(-1, keepdim=True))
-        return _moments(at, teacher_top_n1 == top_n1, label_mass_n)
-    values = _moments(at, exact.likeliest_T.unsqueeze(1) == top_n1, exact.log_p_label_T.exp())
+        return _moments(at, teacher_top_n1 == top_n1, label_mass_n) | known
+    values = known | _moments(at, exact.likeliest_T.unsqueeze(1) == top_n1, exact.log_p_label_T.exp())
     entropy_n = -torch.linalg.vecdot(q_nV, log_q_nV.clamp_min_(LOG_ZERO))
     return values | {"teacher_entropy": exact.entropy_T, "student_entropy": entropy_n}
 
@@ -267,14 +272,15 @@ def _moments(at: Distributions, agrees_n1: Tensor, label_mass_n: Tensor) -> dict
     }
 
 
-def _load(logits_nV: Tensor, soft_cap: float | None, out: Tensor) -> None:
+def load(logits_nV: Tensor, soft_cap: float | None, out: Tensor) -> None:
+    """Logits after the soft cap into ``out``."""
     # float32 from here: a bf16 sum over 150,000 probabilities is off in its second digit
     out.copy_(logits_nV)
     if soft_cap is not None:
         out.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
-def _softmax(z_nV: Tensor, top_n1: Tensor, *, out: Tensor) -> Tensor:
+def softmax(z_nV: Tensor, top_n1: Tensor, *, out: Tensor) -> Tensor:
     """Probabilities into ``out``; returns the log-sum-exp ``[n, 1]``, which the largest of them tells for free."""
     torch.softmax(z_nV, -1, out=out)
     return z_nV.gather(1, top_n1) - out.gather(1, top_n1).log()

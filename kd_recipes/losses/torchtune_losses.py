@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd_recipes.batch import Batch
 from kd_recipes.losses.objective import LossSum
-from kd_recipes.signals import DenseSignal, SparseSignal
+from kd_recipes.signals import DenseSignal, Signal
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class TorchtuneObjective:
         """Whether the teacher changes the gradient."""
         return self.kd_ratio > 0
 
-    def __call__(
-        self, student: DenseSignal, signal: DenseSignal | SparseSignal | None, batch: Batch, num_tokens: int = 1
-    ) -> LossSum:
+    def __call__(self, student: DenseSignal, signal: Signal | None, batch: Batch, num_tokens: int = 1) -> LossSum:
         """As :meth:`~kd_recipes.losses.objective.Objective.__call__`; only the two losses are computed.
 
         Raises:

@@ -25,6 +25,12 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Distillation": {
         "KL to the teacher: training, held out": ["kd/forward_kl", "held_out/kl"],
         "cross entropy: training, held out": ["loss/cross_entropy", "held_out/cross_entropy"],
+        "cross entropy on held-out text: teacher, student": [
+            "held_out/teacher_(.+/)?cross_entropy",
+            "held_out/cross_entropy",
+        ],
+        # the teacher's, and that of each one of a mixture
+        "cross entropy on training text: teacher, student": ["kd/teacher_(.+/)?cross_entropy", "loss/cross_entropy"],
         "entropy on held-out text: teacher, student": ["held_out/teacher_entropy", "held_out/student_entropy"],
         "entropy on training text: teacher, student": ["kd/teacher_entropy", "kd/student_entropy"],
         "agreement with the teacher: training, held out": ["kd/agreement", "held_out/agreement"],

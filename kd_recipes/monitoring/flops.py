@@ -92,17 +92,17 @@ def _count(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
 
 
-def step_flops(student: Sizes, teacher: Sizes | None, shapes: Sequence[tuple[int, int]], num_labels: int) -> int:
-    """Operations of a step: the student forward and backward, the teacher forward.
+def step_flops(student: Sizes, teachers: Sequence[Sizes], shapes: Sequence[tuple[int, int]], num_labels: int) -> int:
+    """Operations of a step: the student forward and backward, the teachers forward.
 
     Args:
         student: its sizes.
-        teacher: its sizes; None where it is not asked.
+        teachers: theirs; none where none is asked.
         shapes: ``[B, S]`` of each micro-batch.
         num_labels: of all of them.
     """
     work = Work(sum(b * s for b, s in shapes), sum(b * s * s for b, s in shapes), num_labels)
-    return student.forward(work) + student.backward(work) + (teacher.forward(work) if teacher else 0)
+    return student.forward(work) + student.backward(work) + sum(teacher.forward(work) for teacher in teachers)
 
 
 def peak_flops(name: str) -> float | None:

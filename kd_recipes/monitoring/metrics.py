@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,15 +24,15 @@ class StepMeter:
     Args:
         device: that the student is on.
         student: the student.
-        teacher: None where no step asks it.
+        teachers: those that each step asks.
     """
 
     def __init__(
-        self, device: torch.device, student: TransformerDecoder, teacher: TransformerDecoder | None = None
+        self, device: torch.device, student: TransformerDecoder, teachers: Sequence[TransformerDecoder] = ()
     ) -> None:
         self._device = device
         self._timer = StepTimer(device)
-        self._sizes = Sizes.of(student), Sizes.of(teacher) if teacher else None
+        self._sizes = Sizes.of(student), [Sizes.of(teacher) for teacher in teachers]
         self._clear()
 
     def _clear(self) -> None:
@@ -78,7 +78,8 @@ class StepMeter:
 
 def _tag(name: str) -> str:
     """``loss/`` is what is trained on, ``kd/`` how student and teacher compare, ``quality/`` what the labels say."""
-    group = "quality" if name == "accuracy" else "kd" if name in QUALITIES else "loss"
+    is_of_teachers = name in QUALITIES or "/" in name
+    group = "quality" if name == "accuracy" else "kd" if is_of_teachers else "loss"
     return f"{group}/{name}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -39,6 +39,11 @@ class OnlineTeacher:
     def online(self) -> OnlineTeacher:
         """Itself: see :class:`~kd_recipes.teachers.Teacher`."""
         return self
+
+    @property
+    def models(self) -> Sequence[TransformerDecoder]:
+        """The one."""
+        return [self.model]
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:

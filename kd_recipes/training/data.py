@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate as partial_sums
 from itertools import islice
 from typing import Any
 
@@ -38,7 +41,7 @@ def build_dataset(
         if any(_torchtune.stream_of(part) for part in parts) and (len(parts) > 1 or not may_stream):
             wanted = "one stream, or none" if may_stream else "a data set with a length"
             raise ConfigError(Problem(f"{key}.streaming", True, wanted, "Leave `streaming` out"))
-        dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
+        dataset = parts[0] if len(parts) == 1 else Sourced(parts)
         _require_labels(dataset, key)
     except ConfigError:
         raise
@@ -46,6 +49,26 @@ def build_dataset(
         got = ", ".join(section._component_ for section in sections)
         raise ConfigError(Problem(key, got, "a data set that can be read", one_line(error))) from error
     return dataset, any(section.get("packed", False) for section in sections)
+
+
+class Sourced(Dataset[dict[str, Any]]):
+    """Several data sets one after the other, whose samples say by ``source`` which of them they are of.
+
+    Args:
+        parts: all packed, or none.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._whole = ConcatDataset(datasets=list(parts))
+        self._ends = list(partial_sums(map(len, parts)))
+
+    def __len__(self) -> int:
+        """Samples of all of them."""
+        return len(self._whole)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A sample."""
+        return {**self._whole[index], "source": bisect_right(self._ends, index)}
 
 
 def _require_labels(dataset: Any, key: str) -> None:
@@ -64,6 +87,13 @@ def _require_labels(dataset: Any, key: str) -> None:
             "Look at train_on_input, the masking strategy, and max_seq_len (a prompt that fills it leaves no answer)"
         )
         raise ConfigError(Problem(key, f"{number} samples, all labels masked", wanted, remedy))
+
+
+def _collate(collate: Callable[[list[Any]], dict[str, Tensor]], samples: list[Any]) -> dict[str, Tensor]:
+    collated = collate(samples)
+    if "source" in samples[0]:
+        collated["sources"] = torch.tensor([sample["source"] for sample in samples])
+    return collated
 
 
 class Loader:
@@ -89,7 +119,7 @@ class Loader:
         max_seq_len: int,
     ) -> None:
         self._order, self._batch_size = order, batch_size
-        self._collate = _torchtune.collate(padding_idx, packed)
+        self._collate = partial(_collate, _torchtune.collate(padding_idx, packed))
         self._loader = StatefulDataLoader(
             order.dataset,
             batch_size=batch_size,

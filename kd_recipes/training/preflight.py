@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,16 +19,14 @@ from omegaconf import DictConfig, ListConfig
 from kd_recipes import _torchtune
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
-from kd_recipes.parts import CHECKPOINTERS, build_model, checkpoint_files, find_device
-from kd_recipes.storage import TensorSpec, is_inside, read_safetensors_header, require_free_space
+from kd_recipes.headers import checkpoint_files, embedding_shape, num_layers, read_specs
+from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
+from kd_recipes.storage import is_inside, read_safetensors_header, require_free_space
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
 from kd_recipes.training.frozen import keeping_problems
 from kd_recipes.training.parallel import is_main_process, world_size
 from kd_recipes.training.schedules import Schedule
-
-_EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 def preflight(cfg: DictConfig) -> None:
@@ -41,7 +38,7 @@ def preflight(cfg: DictConfig) -> None:
     checks = (_device_problems, _process_problems, _teacher_problems, _effect_problems, _output_problems)
     problems = [problem for check in checks for problem in check(cfg)]
     missing = [problem for key in _checkpointers(cfg) for problem in _file_problems(key, cfg[key])]
-    problems += missing or [*_vocabulary_problems(cfg), *_space_problems(cfg)]
+    problems += missing or [*_vocabulary_problems(cfg, _teacher_checkpointers(cfg)), *_space_problems(cfg)]
     if problems:
         raise ConfigError(*problems)
 
@@ -60,13 +57,35 @@ def check_teacher(cfg: DictConfig) -> DictConfig:
     if found.checkpointer is None:
         found.checkpointer = cfg.teacher_checkpointer
     problems = [*_device_problems(found), *_file_problems("teacher_checkpointer", found.teacher_checkpointer)]
-    problems = problems or [*_vocabulary_problems(found)]
+    problems = problems or [*_vocabulary_problems(found, _teacher_checkpointers(found))]
     if problems:
         raise ConfigError(*problems)
     return found
 
 
-def check_models(cfg: DictConfig, tokenizer: Any, keys: Sequence[str]) -> list[ModelSize]:
+def check_source(cfg: DictConfig, models: Mapping[str, DictConfig]) -> None:
+    """Check the files of models that a ``teacher`` section names against each other and the student's.
+
+    Args:
+        cfg: of the distillation.
+        models: sections of ``model``, ``checkpointer`` and perhaps ``device``, by their keys.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    checkpointers = {f"{key}.checkpointer": section.checkpointer for key, section in models.items()}
+    problems = [problem for key, section in checkpointers.items() for problem in _file_problems(key, section)]
+    for key, section in models.items():
+        if section.get("device") is not None:
+            problems += _caught(partial(find_device, f"{key}.device", section.device))
+            problems += _shard_problems(cfg, f"{key}.device", section.device)
+    if problems := problems or [*_vocabulary_problems(cfg, checkpointers)]:
+        raise ConfigError(*problems)
+
+
+def check_models(
+    cfg: DictConfig, tokenizer: Any, keys: Sequence[str], others: Mapping[str, DictConfig] | None = None
+) -> list[ModelSize]:
     """Check the models that a config describes against their checkpoints' headers and the tokenizer.
 
     The models are built without memory for their weights, on torch's meta device.
@@ -75,6 +94,7 @@ def check_models(cfg: DictConfig, tokenizer: Any, keys: Sequence[str]) -> list[M
         cfg: the config.
         tokenizer: of torchtune's protocol.
         keys: ``model``, and ``teacher_model`` where there is one.
+        others: sections of ``model`` and ``checkpointer``, by their keys within the ``teacher`` section.
 
     Returns:
         The size of each model.
@@ -82,42 +102,26 @@ def check_models(cfg: DictConfig, tokenizer: Any, keys: Sequence[str]) -> list[M
     Raises:
         ConfigError: with every problem found.
     """
-    return gather(*(partial(_check_model, cfg, key, CHECKPOINTERS[key], tokenizer) for key in keys))
+    sections = {key: DictConfig({"model": cfg[key], "checkpointer": cfg[CHECKPOINTERS[key]]}) for key in keys}
+    sections |= {f"teacher{key}": section for key, section in (others or {}).items()}
+    return gather(*(partial(_check_model, cfg, key, section, tokenizer) for key, section in sections.items()))
 
 
-def _check_model(cfg: DictConfig, key: str, checkpointer: str, tokenizer: Any) -> ModelSize:
-    model = build_model(key, cfg[key], dtype=torch.bfloat16, device=torch.device("meta"))
+def _check_model(cfg: DictConfig, place: str, section: DictConfig, tokenizer: Any) -> ModelSize:
+    key = place if place in CHECKPOINTERS else f"{place}.model"
+    model = build_model(key, section.model, dtype=torch.bfloat16, device=torch.device("meta"))
     size = _torchtune.model_size(model)
-    specs = _specs(cfg[checkpointer])
-    wanted = f"the model in {cfg[checkpointer].get('checkpoint_dir')}"
-    found = {"layers": _num_layers(specs), "embedding": _embedding_shape(specs)}
+    specs = read_specs(section.checkpointer)
+    wanted = f"the model in {section.checkpointer.get('checkpoint_dir')}"
+    found = {"layers": num_layers(specs), "embedding": embedding_shape(specs)}
     for what, built in (("layers", size.num_layers), ("embedding", (size.num_rows, size.embed_dim))):
         if found[what] not in (None, built):
             remedy = f"Its {what}: {found[what]} in the file, {built} in `{key}`"
-            raise ConfigError(Problem(key, cfg[key]._component_, wanted, remedy))
+            raise ConfigError(Problem(key, section.model._component_, wanted, remedy))
     check_tokenizer(tokenizer, size.num_rows, size.max_seq_len, model=key)
-    if key == "teacher_model" and (problems := [*keeping_problems(cfg, model)]):
+    if key != "model" and (problems := [*keeping_problems(cfg, place, section, model)]):
         raise ConfigError(*problems)
     return size
-
-
-def _specs(section: DictConfig) -> dict[str, TensorSpec]:
-    """What the headers of a checkpoint's safetensors files say; nothing of files in other formats."""
-    specs: dict[str, TensorSpec] = {}
-    if "checkpoint_dir" in section:
-        for path in checkpoint_files(section):
-            if path.suffix == ".safetensors":
-                specs |= read_safetensors_header(path)
-    return specs
-
-
-def _embedding_shape(specs: Mapping[str, TensorSpec]) -> tuple[int, ...] | None:
-    return next((specs[name].shape for name in _EMBEDDINGS if name in specs), None)
-
-
-def _num_layers(specs: Mapping[str, TensorSpec]) -> int | None:
-    indices = [int(match.group(1)) for name in specs if (match := _LAYER.match(name))]
-    return max(indices) + 1 if indices else None
 
 
 def asks_teacher(cfg: DictConfig) -> bool:
@@ -139,6 +143,10 @@ def needs_teacher(cfg: DictConfig) -> bool:
 def _checkpointers(cfg: DictConfig) -> list[str]:
     keys = CHECKPOINTERS.values() if loads_teacher_model(cfg) else ["checkpointer"]
     return [key for key in keys if cfg[key] is not None]
+
+
+def _teacher_checkpointers(cfg: DictConfig) -> dict[str, DictConfig]:
+    return {key: cfg[key] for key in _checkpointers(cfg) if key != "checkpointer"}
 
 
 def _caught(check: Callable[[], object]) -> tuple[Problem, ...]:
@@ -169,9 +177,7 @@ def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem("--nproc_per_node", got, "a GPU for each process", "device=cpu runs without")
     elif cfg.device not in ("cuda", "cpu"):
         yield Problem("device", cfg.device, "cuda or cpu, of which each process takes its own")
-    if cfg.shard_teacher and cfg.teacher_device not in (None, cfg.device):
-        remedy = "shard_teacher=False keeps a whole teacher there for each process"
-        yield Problem("teacher_device", cfg.teacher_device, f"{cfg.device}, as the student: they share it", remedy)
+    yield from _shard_problems(cfg, "teacher_device", cfg.teacher_device)
     if cfg.fsdp_cpu_offload and cfg.device == "cpu":
         yield Problem("fsdp_cpu_offload", True, "False on cpu: weights are in its memory as it is")
     if str(cfg.optimizer._component_).startswith("torchao."):
@@ -179,6 +185,12 @@ def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem("optimizer._component_", cfg.optimizer._component_, wanted)
     if cfg.model.get("quantize_base"):
         yield Problem("model.quantize_base", True, "False with several processes", "NF4 weights cannot be split yet")
+
+
+def _shard_problems(cfg: DictConfig, key: str, device: str | None) -> Iterator[Problem]:
+    if world_size() > 1 and cfg.shard_teacher and device not in (None, cfg.device):
+        remedy = "shard_teacher=False keeps a whole teacher there for each process"
+        yield Problem(key, device, f"{cfg.device}, as the student: they share it", remedy)
 
 
 def _teacher_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -295,14 +307,11 @@ def _damage(key: str, path: Path) -> Iterator[Problem]:
             yield Problem(key, path.name, "a whole safetensors file", "; ".join(str(p.got) for p in error.problems))
 
 
-def _vocabulary_problems(cfg: DictConfig) -> Iterator[Problem]:
+def _vocabulary_problems(cfg: DictConfig, checkpointers: Mapping[str, DictConfig]) -> Iterator[Problem]:
+    """Tokens to which the student, its tokenizer and the teachers, whose checkpointers are given, give other ids."""
     try:
-        student, teacher = (
-            token_ids(Path(cfg[key].checkpoint_dir))
-            if key in _checkpointers(cfg) and "checkpoint_dir" in cfg[key]
-            else None
-            for key in CHECKPOINTERS.values()
-        )
+        student = _token_ids(cfg.checkpointer)
+        teachers = {key: ids for key, section in checkpointers.items() if (ids := _token_ids(section)) is not None}
         path = Path(str(cfg.tokenizer.get("path", "")))
         tokenizer = token_ids(path if path.is_dir() else path.parent) if path.name else None
     except ConfigError as error:
@@ -313,12 +322,16 @@ def _vocabulary_problems(cfg: DictConfig) -> Iterator[Problem]:
             difference = f"{token!r} is {tokenizer[token]} for the tokenizer and {index} for the student"
             yield Problem("tokenizer.path", difference, "the tokenizer of the student", "Use the student's own")
             tokenizer = None
-        if teacher is not None and teacher.get(token) != index:
-            difference = f"{token!r} is {index} for the student and {teacher.get(token)} for the teacher"
+        for key in [key for key, ids in teachers.items() if ids.get(token) != index]:
+            difference = f"{token!r} is {index} for the student and {teachers.pop(key).get(token)} for the teacher"
             wanted = "the same token-to-id map for student and teacher"
             remedy = "Distillation compares probabilities id by id: choose a teacher of the same family"
-            yield Problem("teacher_checkpointer.checkpoint_dir", difference, wanted, remedy)
-            teacher = None
+            yield Problem(f"{key}.checkpoint_dir", difference, wanted, remedy)
+
+
+def _token_ids(section: DictConfig | None) -> dict[str, int] | None:
+    """The token-to-id map beside a checkpointer's weights; None where it is not known."""
+    return token_ids(Path(section.checkpoint_dir)) if section is not None and "checkpoint_dir" in section else None
 
 
 def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
@@ -337,7 +350,7 @@ def _bytes_to_write(cfg: DictConfig) -> int:
     exports = 0 if cfg.save_adapter_weights_only else sum(sizes) * (1 if cfg.eval_dataset is None else 2)
     if "lora_rank" in cfg.model:
         return exports
-    num_parameters = sum(math.prod(spec.shape) for spec in _specs(cfg.checkpointer).values())
+    num_parameters = sum(math.prod(spec.shape) for spec in read_specs(cfg.checkpointer).values())
     num_checkpoints = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
     if cfg.eval_dataset is not None and (cfg.health or {}).get("action") == "restore_best":
         num_checkpoints += 2  # the best student's state, and a better one's before the old one goes

@@ -38,6 +38,11 @@ KEYS = (
         "component",
         wanted="a teacher in the place of teacher_model, of kd_recipes.teachers",
     ),
+    Key(
+        "correction",
+        "mapping",
+        wanted="what correct_teacher, which takes this config, too, is to do otherwise; a distillation passes it by",
+    ),
     Key("teacher_dtype", "choice", wanted="auto, bf16 or fp32; the student's by default", check=is_dtype_name),
     Key("teacher_device", "str", wanted="a device; the student's by default"),
     Key("teacher_quantization", "component_or_name", wanted=FORMATS, check=is_format),

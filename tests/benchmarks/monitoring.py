@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         logger = TensorBoardLogger(place)
         recorder = Recorder(Path(place), Parallel(0, 1, device), logger, None)
-        meter = StepMeter(device, student, teacher)
+        meter = StepMeter(device, student, [teacher])
         for step, batches in enumerate(meter.steps([[Batch(tokens_BS, tokens_BS)]] * NUM_STEPS), 1):
             start = time.perf_counter()
             for phase in ("teacher", "student", "loss", "backward", "optimizer"):

@@ -13,7 +13,7 @@ from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.evaluation import evaluate_held_out, tokens
 from kd_recipes.evaluation.measure import change, measure_text
 from kd_recipes.evaluation.results import TextFigures
-from kd_recipes.signals import DenseSignal, Exact, LinearLogits, SparseSignal
+from kd_recipes.signals import DenseSignal, Exact, LinearLogits, MixtureSignal, SparseSignal
 
 B, S, V = 3, 7, 11
 
@@ -175,3 +175,38 @@ def test_of_ids_that_were_drawn_the_divergences_are_estimates(batch: Batch) -> N
     for name in ("kl", "reverse_kl", "agreement", "reference_accuracy"):
         torch.testing.assert_close(found[name], dense[name], rtol=1e-4, atol=1e-5, msg=name)
     assert found["reference_entropy"].isnan().all()  # nobody has said it
+
+
+@pytest.mark.parametrize("by_likelihood", [False, True])
+@pytest.mark.parametrize("chunk", [4, 2**24])
+def test_a_mixture_is_compared_as_one_and_each_teacher_by_itself(
+    batch: Batch, by_likelihood: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_LOGITS", chunk * V)
+    q_TV, first_TV, second_TV = logits(2), logits(3, V + 5), logits(4)
+    weights_TM = torch.tensor([[0.75, 0.25]]).expand(B * S, 2)
+    logits_of = {"a": LinearLogits(given_TV=first_TV), "b": LinearLogits(given_TV=second_TV)}
+    mixture = MixtureSignal(logits_of, weights_TM.log(), by_likelihood)
+    found = tokens.token_values(signal(q_TV), mixture, batch, num_ids=V).values
+    p_MTV = torch.stack([first_TV[:, :V], second_TV]).double().softmax(-1)
+    labels_T = batch.labels_BS.flatten().clamp_min(0)
+    share_MT = weights_TM.T.double()
+    blind = oracle(q_TV, (share_MT[..., None] * p_MTV).sum(0).log(), batch)
+    if by_likelihood:
+        share_MT = share_MT * p_MTV.gather(2, labels_T.expand(2, -1)[..., None])[..., 0]
+        share_MT = share_MT / share_MT.sum(0)
+    mixed = oracle(q_TV, (share_MT[..., None] * p_MTV).sum(0).log(), batch)
+    for name in ("reference_cross_entropy", "reference_entropy"):  # of what has not seen the label
+        assert found[name].tolist() == pytest.approx([row[name] for row in blind], rel=1e-5, abs=1e-6), name
+    for name in ("kl", "reverse_kl", "agreement", "cross_entropy"):
+        assert found[name].tolist() == pytest.approx([row[name] for row in mixed], rel=1e-5, abs=1e-6), name
+    is_valid_T = batch.labels_BS.flatten() != IGNORE_INDEX
+    for name, p_TV, share_T in zip("ab", p_MTV, share_MT, strict=True):
+        alone = oracle(q_TV, p_TV.log(), batch)
+        assert found[f"teacher_{name}/kl"].tolist() == pytest.approx([row["kl"] for row in alone], rel=1e-5, abs=1e-6)
+        expected = [row["reference_cross_entropy"] for row in alone]
+        assert found[f"teacher_{name}/cross_entropy"].tolist() == pytest.approx(expected, rel=1e-5)
+        assert found[f"teacher_{name}/weight"].tolist() == pytest.approx(share_T[is_valid_T].tolist(), rel=1e-5)
+    whole = evaluate_held_out(lambda _: signal(q_TV), lambda _: mixture, [batch, batch], V)
+    assert whole.metrics()["teacher_a/kl"] == pytest.approx(float(found["teacher_a/kl"].mean()), rel=1e-5)
+    assert whole.kl == pytest.approx(float(found["kl"].mean()), rel=1e-5)

@@ -199,6 +199,7 @@ def test_what_is_known_of_each_token():
         "teacher_entropy": -(p * p.log()).sum(),
         "student_entropy": -(q * q.log()).sum(),
         "teacher_label_mass": p.gather(1, labels[:, None]).sum(),
+        "teacher_cross_entropy": F.cross_entropy(t, labels, reduction="sum"),
     }
     assert set(expected) == set(TOKEN_VALUES[1:])
     for name, value in expected.items():

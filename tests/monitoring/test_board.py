@@ -70,7 +70,7 @@ def logger(tmp_path: Path) -> TensorBoardLogger:
 def _step_metrics() -> dict[str, float]:
     """What a step of a run logs."""
     model = llama(num_layers=1, **SIZES)
-    meter = StepMeter(torch.device("cpu"), model, model)
+    meter = StepMeter(torch.device("cpu"), model, [model])
     tokens_BS = torch.ones(2, 4, dtype=torch.long)
     names = ("cross_entropy", "divergence", "hidden_mse", *QUALITIES)
     sums = {name: torch.tensor(2.0, dtype=torch.float64) for name in names}
@@ -87,7 +87,16 @@ def test_the_layout_draws_tags_that_are_logged(logger: TensorBoardLogger, tmp_pa
     vitals = Vitals(**dict.fromkeys(Vitals.__dataclass_fields__, 0.5))
     monitor = HealthMonitor(Health())
     monitor.observe(1, vitals)
-    held_out = ("kl", "cross_entropy", "teacher_entropy", "student_entropy", "agreement", "accuracy", "perplexity")
+    held_out = (
+        "kl",
+        "cross_entropy",
+        "teacher_cross_entropy",
+        "teacher_entropy",
+        "student_entropy",
+        "agreement",
+        "accuracy",
+        "perplexity",
+    )
     log(logger, "", _step_metrics() | {"kd/kd_ratio": 0.5, "kd/temperature": 1.0}, 1)
     log(logger, "held_out/", dict.fromkeys(held_out, 1.0), 1)
     log(logger, "health/", monitor.metrics(), 1)

@@ -36,17 +36,17 @@ def test_a_step_counts_what_torch_counts(tied: bool) -> None:
     teacher = llama(num_layers=5, **{**SIZES, "embed_dim": 128}, tie_word_embeddings=tied).requires_grad_(False)
     tokens_BS = torch.randint(0, 320, SHAPE)
     counted = _counted(student, tokens_BS, is_trained=True) + _counted(teacher, tokens_BS, is_trained=False)
-    ours = step_flops(Sizes.of(student), Sizes.of(teacher), [SHAPE], tokens_BS.numel())
+    ours = step_flops(Sizes.of(student), [Sizes.of(teacher)], [SHAPE], tokens_BS.numel())
     print(f"\n{ours / counted - 1:+.2%}")
     assert ours == pytest.approx(counted, rel=0.02)
 
 
 def test_micro_batches_add_up_and_labels_alone_reach_a_head() -> None:
     sizes = Sizes.of(llama(num_layers=2, **SIZES))
-    whole = step_flops(sizes, sizes, [SHAPE, (1, 64)], 100)
-    assert whole == step_flops(sizes, sizes, [SHAPE], 40) + step_flops(sizes, sizes, [(1, 64)], 60)
-    assert whole - step_flops(sizes, sizes, [SHAPE, (1, 64)], 0) == (6 + 2) * 320 * 64 * 100
-    assert step_flops(sizes, None, [SHAPE], 40) * 8 == step_flops(sizes, sizes, [SHAPE], 40) * 6
+    whole = step_flops(sizes, [sizes], [SHAPE, (1, 64)], 100)
+    assert whole == step_flops(sizes, [sizes], [SHAPE], 40) + step_flops(sizes, [sizes], [(1, 64)], 60)
+    assert whole - step_flops(sizes, [sizes], [SHAPE, (1, 64)], 0) == (6 + 2) * 320 * 64 * 100
+    assert step_flops(sizes, [], [SHAPE], 40) * 8 == step_flops(sizes, [sizes], [SHAPE], 40) * 6
 
 
 def test_frozen_weights_below_adapters_take_two_thirds() -> None:
@@ -55,7 +55,7 @@ def test_frozen_weights_below_adapters_take_two_thirds() -> None:
     set_trainable_params(student, get_adapter_params(student))
     counted = _counted(student, torch.randint(0, 320, SHAPE), is_trained=True)
     sizes = Sizes.of(student)
-    ours = step_flops(sizes, None, [SHAPE], SHAPE[0] * SHAPE[1])
+    ours = step_flops(sizes, [], [SHAPE], SHAPE[0] * SHAPE[1])
     assert sizes.trained_body == sum(p.numel() for p in student.parameters() if p.requires_grad) < 0.1 * sizes.body
     assert ours == pytest.approx(counted, rel=0.02)  # the first block's inputs need no gradient
 

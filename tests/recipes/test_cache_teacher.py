@@ -80,8 +80,27 @@ def test_what_is_said_of_the_teacher_is_exact(
     for name in ("cross_entropy", "accuracy", "entropy", "calibration_error"):
         name = f"held_out/teacher_{name}"
         assert found[0][name] == pytest.approx(online[0][name], abs=2e-3), name
-    for name in ("kd/teacher_entropy", "kd/teacher_label_mass", "kd/agreement", "kd/student_entropy"):
+    for name in (
+        "kd/teacher_cross_entropy",
+        "kd/teacher_entropy",
+        "kd/teacher_label_mass",
+        "kd/agreement",
+        "kd/student_entropy",
+    ):
         assert found[1][name] == pytest.approx(online[1][name], rel=5e-3), name
+
+
+def test_says_what_the_teacher_makes_of_the_labels(
+    cached: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = cached(TOP_K, temperature=2.0)
+    _fill(config)
+    said = capsys.readouterr().out
+    distill(cached(TOP_K, teacher=None, output_dir=str(tmp_path / "online"), max_steps=1))
+    own = logged(tmp_path / "online")[0]["held_out/teacher_cross_entropy"]
+    (found,) = re.findall(r"^eval_dataset: the teacher's cross entropy is ([\d.]+) nats a token", said, re.M)
+    assert float(found) == pytest.approx(own, abs=2e-3)
+    assert re.search(r"^dataset: the teacher's cross entropy is", said, re.M)
 
 
 def test_a_cache_serves_any_batch_size_order_and_packing(cached: Fill, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Series = list[tuple[float, float]]
 
+_GROUP = re.compile(r"^(loss|kd|quality)/")  # in a step's records; teacher_large/kl is another quantity than kl
 _MAX_POINTS = 300  # of a line; more cannot be seen, and would make the page heavy
 
 
@@ -77,7 +79,7 @@ def _lines(run: Run, quantity: Quantity) -> tuple[Series, Series]:
 def _series(records: Iterable[tuple[int, Mapping[str, float | None]]], names: Sequence[str]) -> Series:
     points = []
     for step, values in records:
-        by_name = {tag.rpartition("/")[2]: value for tag, value in values.items()}
+        by_name = {_GROUP.sub("", tag): value for tag, value in values.items()}
         value = next((by_name[name] for name in names if name in by_name), None)
         if value is not None and is_known(value):
             points.append((float(step), float(value)))

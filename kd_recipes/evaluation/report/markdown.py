@@ -10,6 +10,7 @@ from kd_recipes.evaluation.report.formats import one_line
 from kd_recipes.evaluation.report.runs import alerts_of
 from kd_recipes.evaluation.report.samples import side_by_side
 from kd_recipes.evaluation.report.tables import Cell, Table, diversity_table, model_tables, task_table
+from kd_recipes.evaluation.report.training import training_table
 from kd_recipes.evaluation.report.verdict import verdict
 from kd_recipes.evaluation.results import Evaluation
 
@@ -35,7 +36,7 @@ def _blocks(evaluation: Evaluation) -> Iterator[str]:
     described, *tables = model_tables(evaluation)
     # What the models are is said once.
     tables = [replace(it, rows=[[replace(row[0], note=""), *row[1:]] for row in it.rows]) for it in tables]
-    for table in (described, *tables, task_table(evaluation), diversity_table(evaluation)):
+    for table in (described, *tables, *(find(evaluation) for find in (task_table, diversity_table, training_table))):
         if table is not None:
             yield f"### {escape(table.title)}"
             yield _set(table)

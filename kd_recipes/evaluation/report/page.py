@@ -20,6 +20,7 @@ from kd_recipes.evaluation.report.reliability import line_style, reliability
 from kd_recipes.evaluation.report.runs import alerts_of, runs_of
 from kd_recipes.evaluation.report.samples import side_by_side
 from kd_recipes.evaluation.report.tables import diversity_table, model_tables, task_table
+from kd_recipes.evaluation.report.training import training_table
 from kd_recipes.evaluation.report.verdict import verdict
 from kd_recipes.evaluation.results import Evaluation
 
@@ -54,6 +55,7 @@ def to_html(evaluation: Evaluation) -> str:
         tables=model_tables(evaluation),
         tasks=task_table(evaluation),
         diversity=diversity_table(evaluation),
+        training=training_table(evaluation),
         prompts=side_by_side(evaluation),
         num_open=_NUM_OPEN,
         made_by=_made_by(evaluation),

@@ -160,7 +160,7 @@ def task_table(evaluation: Evaluation) -> Table | None:
         f"Second figure: standard error. Lost: items that only {evaluation.reference} has right; won: that only "
         "this model has; p: McNemar's exact test of the two."
     )
-    return _without_empty(Table("Tasks", headings, rows, notes, num_labels=2))
+    return without_empty(Table("Tasks", headings, rows, notes, num_labels=2))
 
 
 def diversity_table(evaluation: Evaluation) -> Table | None:
@@ -178,7 +178,7 @@ def diversity_table(evaluation: Evaluation) -> Table | None:
     )
     if reference is not None and len(rows) > 1:
         notes += f" Second figure: {evaluation.reference}."
-    return _without_empty(Table("Diversity", ["model", *_DIVERSITY], rows, notes)) if rows else None
+    return without_empty(Table("Diversity", ["model", *_DIVERSITY], rows, notes)) if rows else None
 
 
 def _table(
@@ -188,10 +188,11 @@ def _table(
     rows = [
         [Cell(model.name, note=model.description), *(cell(model, reference) for _, cell in columns)] for model in models
     ]
-    return _without_empty(Table(title, ["model", *(heading for heading, _ in columns)], rows, notes))
+    return without_empty(Table(title, ["model", *(heading for heading, _ in columns)], rows, notes))
 
 
-def _without_empty(table: Table) -> Table:
+def without_empty(table: Table) -> Table:
+    """The table without columns in which nothing is known."""
     kept = [
         index
         for index in range(len(table.headings))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem, RunError, within
-from kd_recipes.losses import Divergence, ForwardKL, build_divergence
+from kd_recipes.losses import Divergence, build_divergence
 from kd_recipes.parts import build, build_model
 from kd_recipes.signals import Exact, SparseSignal
 from kd_recipes.teachers.cache.content import Document, documents
@@ -26,7 +27,7 @@ from kd_recipes.teachers.cache.identity import Identity, differences
 from kd_recipes.teachers.cache.record import NUM_FACTS, Kept, Layout, first_of_each, from_code
 from kd_recipes.teachers.cache.store import Entry, Store, positions_checksum
 from kd_recipes.teachers.online import OnlineTeacher
-from kd_recipes.teachers.teacher import Surroundings, TeacherSource
+from kd_recipes.teachers.teacher import Surroundings, TeacherSource, own_divergence_problems
 
 
 def temperatures(cfg: DictConfig) -> set[float]:
@@ -94,12 +95,9 @@ class CachedTeacher(TeacherSource):
             yield Problem("health.action", "raise_temperature", f"none that changes the teacher's {wanted}")
 
     def _loss_problems(self, cfg: DictConfig) -> Iterator[Problem]:
-        kd_loss = build_divergence("kd_loss", cfg.kd_loss) or ForwardKL()
-        if isinstance(kd_loss, nn.Module):
-            wanted = "a divergence of kd_recipes.losses: torchtune's need all of a teacher's logits"
-            remedy = "kd_recipes.losses.ForwardKL has the gradient of theirs"
-            yield Problem("kd_loss", type(kd_loss).__name__, wanted, remedy)
-        elif isinstance(kd_loss, Divergence) and not kd_loss.is_estimable and self._layout.is_drawn:
+        yield from own_divergence_problems(cfg, "torchtune's need all of a teacher's logits")
+        kd_loss = build_divergence("kd_loss", cfg.kd_loss)
+        if isinstance(kd_loss, Divergence) and not kd_loss.is_estimable and self._layout.is_drawn:
             wanted = "ForwardKL, which alone can be estimated from ids that were drawn"
             yield Problem("kd_loss", type(kd_loss).__name__, wanted, "A cache of TopK takes the others")
 
@@ -145,6 +143,11 @@ class Cache:
     def online(self) -> OnlineTeacher | None:
         """None: no model is here."""
         return None
+
+    @property
+    def models(self) -> Sequence[TransformerDecoder]:
+        """None."""
+        return ()
 
     def covers(self, document: Document) -> bool:
         """Whether the labels of a document can be looked up."""
