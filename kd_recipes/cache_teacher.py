@@ -37,8 +37,9 @@ from kd_recipes.teachers.cache.identity import (
     plain,
     setting_problems,
 )
-from kd_recipes.teachers.cache.source import layout, temperatures
+from kd_recipes.teachers.cache.source import layout
 from kd_recipes.teachers.cache.store import Writer
+from kd_recipes.teachers.limits import temperatures
 from kd_recipes.training import settings
 from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.faults import explain_memory

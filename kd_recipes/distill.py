@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +194,8 @@ class DistillRecipe(FTRecipeInterface):
 
     def _train_epoch(self, progress: Any) -> None:
         weighed = weigh(self._loader.batches(self.step // self._steps_per_epoch), self._token_weights)
+        if self._teacher and needs_teacher(self._cfg):
+            weighed = self._teacher.ahead(weighed)
         for micros in self._meter.steps(accumulate(weighed, self._cfg.gradient_accumulation_steps)):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             planned = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
@@ -275,11 +276,12 @@ class DistillRecipe(FTRecipeInterface):
             return
         self.student.model.eval()
         limit = self._cfg.max_eval_batches or len(self._eval_loader)
+        batches = itertools.islice(self._eval_loader.batches(), limit)
         held_out = evaluate_held_out(
             self.student,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                self._interruption.until(islice(self._eval_loader.batches(), limit), self.step),
+                self._interruption.until(self._teacher.ahead(batches) if self._teacher else batches, self.step),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,

@@ -2,12 +2,14 @@
 
 from kd_recipes.teachers.cache import CachedTeacher, RandomSampling, TopK
 from kd_recipes.teachers.online import OnlineTeacher
+from kd_recipes.teachers.remote import RemoteTeacher
 from kd_recipes.teachers.teacher import Surroundings, Teacher, TeacherSource
 
 __all__ = [
     "CachedTeacher",
     "OnlineTeacher",
     "RandomSampling",
+    "RemoteTeacher",
     "Surroundings",
     "Teacher",
     "TeacherSource",

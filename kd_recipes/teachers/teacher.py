@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
@@ -28,6 +28,12 @@ class Teacher(Protocol):
 
         Args:
             batch: on the student's device.
+        """
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, in their order, which the teacher is going to be asked about.
+
+        One that has to be waited for can take some before they are asked for.
         """
 
 
@@ -69,3 +75,24 @@ class TeacherSource(ABC):
         Raises:
             ConfigError: it cannot be.
         """
+
+
+class ProbedTeacher(Teacher, Protocol):
+    """A teacher that is known by what it says."""
+
+    def probe(self) -> dict[str, list[float]]:
+        """``likeliest``: the likeliest id after each token of a fixed text; ``log_p``: its log-probability."""
+
+
+class CacheableSource(TeacherSource):
+    """A teacher that a cache can be made of, in the place of ``teacher_model``."""
+
+    k: int  # most likeliest ids of a position that it tells
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a cache of it is known by, beside what it says."""
+
+    @abstractmethod
+    def open(self, around: Surroundings) -> ProbedTeacher:
+        """As :meth:`TeacherSource.open`."""

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem, RunError, within
-from kd_recipes.losses import Divergence, ForwardKL, build_divergence
 from kd_recipes.parts import build, build_model
 from kd_recipes.signals import Exact, SparseSignal
 from kd_recipes.teachers.cache.content import Document, documents
@@ -25,17 +24,9 @@ from kd_recipes.teachers.cache.encodings import Encoding
 from kd_recipes.teachers.cache.identity import Identity, differences
 from kd_recipes.teachers.cache.record import NUM_FACTS, Kept, Layout, first_of_each, from_code
 from kd_recipes.teachers.cache.store import Entry, Store, positions_checksum
+from kd_recipes.teachers.limits import loss_problems, temperature_problems
 from kd_recipes.teachers.online import OnlineTeacher
 from kd_recipes.teachers.teacher import Surroundings, TeacherSource
-
-
-def temperatures(cfg: DictConfig) -> set[float]:
-    """Those that the teacher's distribution is softened with in a distillation of this config."""
-    if cfg.teacher_temperature is not None:
-        return {float(cfg.teacher_temperature)}
-    value = cfg.temperature
-    ends = [value["start"], value["end"]] if isinstance(value, Mapping) else [value]
-    return {float(end) for end in ends}
 
 
 def layout(identity: Identity) -> Layout:
@@ -76,32 +67,12 @@ class CachedTeacher(TeacherSource):
             wanted = f"that of the cache, {dict(identity.encoding)}"
             yield Problem(".encoding", self.encoding.settings(), wanted, "Leave it out, or make another cache")
         yield from differences(identity, cfg, self.path)
-        yield from self._temperature_problems(cfg, identity)
-        yield from self._loss_problems(cfg)
+        yield from temperature_problems(cfg, identity.temperature, "at which the cache was made")
+        yield from loss_problems(cfg, is_drawn=self._layout.is_drawn)
         model = build_model("model", cfg.model, dtype=torch.bfloat16, device=torch.device("meta"))
         if (num_rows := _torchtune.model_size(model).num_rows) < identity.num_ids:
             wanted = f"a student with the {identity.num_ids} ids of the cache"
             yield Problem("model", f"{num_rows} rows", wanted, "Make the cache with this student in the config")
-
-    def _temperature_problems(self, cfg: DictConfig, identity: Identity) -> Iterator[Problem]:
-        wanted = f"{identity.temperature}, at which the cache was made, throughout"
-        key = "temperature" if cfg.teacher_temperature is None else "teacher_temperature"
-        if temperatures(cfg) != {identity.temperature}:
-            remedy = f"teacher_temperature={identity.temperature} lets the student's differ"
-            yield Problem(key, cfg[key], wanted, remedy)
-        health = cfg.health or {}
-        if health.get("action") == "raise_temperature" and cfg.teacher_temperature is None:
-            yield Problem("health.action", "raise_temperature", f"none that changes the teacher's {wanted}")
-
-    def _loss_problems(self, cfg: DictConfig) -> Iterator[Problem]:
-        kd_loss = build_divergence("kd_loss", cfg.kd_loss) or ForwardKL()
-        if isinstance(kd_loss, nn.Module):
-            wanted = "a divergence of kd_recipes.losses: torchtune's need all of a teacher's logits"
-            remedy = "kd_recipes.losses.ForwardKL has the gradient of theirs"
-            yield Problem("kd_loss", type(kd_loss).__name__, wanted, remedy)
-        elif isinstance(kd_loss, Divergence) and not kd_loss.is_estimable and self._layout.is_drawn:
-            wanted = "ForwardKL, which alone can be estimated from ids that were drawn"
-            yield Problem("kd_loss", type(kd_loss).__name__, wanted, "A cache of TopK takes the others")
 
     @property
     def _layout(self) -> Layout:
@@ -158,6 +129,10 @@ class Cache:
     def kept_positions(self, entry: Entry) -> np.ndarray:
         """Which positions of a document are kept."""
         return self._layout.positions(self.store.read(entry))
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """As they are: reading takes no time worth mentioning."""
+        return iter(batches)
 
     def signal(self, batch: Batch) -> SparseSignal:
         """What the teacher has said of a batch.
