@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from toy import load_sections
+from toy import MAX_SEQ_LEN, load_sections
 
 
 class Model:
@@ -76,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if question.get("prompt_logprobs", 0) > self.faults.get("max_logprobs", 20):
             message = f"Requested prompt logprobs of {question['prompt_logprobs']}, which is greater than allowed"
             return self._send(400, {"error": {"message": message}})
+        if not isinstance(question["prompt"], str) and len(question["prompt"]) > MAX_SEQ_LEN:
+            return self._send(400, {"error": {"message": f"maximum context length is {MAX_SEQ_LEN} tokens"}})
         return self._send(200, self._complete(question), is_cut=number in self.faults.get("cut", []))
 
     def _complete(self, question: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from kd_recipes.teachers.cache.record import NUM_FACTS, Kept, Layout, first_of_e
 from kd_recipes.teachers.cache.store import Entry, Store, positions_checksum
 from kd_recipes.teachers.limits import loss_problems, temperature_problems
 from kd_recipes.teachers.online import OnlineTeacher
-from kd_recipes.teachers.teacher import Surroundings, TeacherSource
+from kd_recipes.teachers.teacher import CacheableSource, Surroundings, TeacherSource
 
 
 def layout(identity: Identity) -> Layout:
@@ -45,10 +45,20 @@ class CachedTeacher(TeacherSource):
         encoding: what is kept of a distribution, for ``cache_teacher``: a section of a
             :class:`~kd_recipes.teachers.TopK` or :class:`~kd_recipes.teachers.RandomSampling`. A distillation takes
             what it finds; if this is given, it has to be the same.
+        source: what ``cache_teacher`` asks in the place of ``teacher_model``: a section of a
+            :class:`~kd_recipes.teachers.RemoteTeacher`. A distillation does not ask it.
     """
 
-    def __init__(self, path: str, encoding: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str, encoding: Mapping[str, Any] | None = None, source: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
+        self.source: CacheableSource | None = None
+        if source is not None:
+            self.source = within(".source", lambda: build(".source", DictConfig(source)))
+            if not isinstance(self.source, CacheableSource):
+                wanted = "a kd_recipes.teachers.RemoteTeacher"
+                raise ConfigError(Problem(".source", source.get("_component_"), wanted))
         self.encoding: Encoding | None = None
         if encoding is not None:
             self.encoding = within(".encoding", lambda: build(".encoding", DictConfig(encoding)))
@@ -66,7 +76,7 @@ class CachedTeacher(TeacherSource):
         if self.encoding is not None and self.encoding.settings() != dict(identity.encoding):
             wanted = f"that of the cache, {dict(identity.encoding)}"
             yield Problem(".encoding", self.encoding.settings(), wanted, "Leave it out, or make another cache")
-        yield from differences(identity, cfg, self.path)
+        yield from differences(identity, cfg, self.path, self.source.describe() if self.source else None)
         yield from temperature_problems(cfg, identity.temperature, "at which the cache was made")
         yield from loss_problems(cfg, is_drawn=self._layout.is_drawn)
         model = build_model("model", cfg.model, dtype=torch.bfloat16, device=torch.device("meta"))
@@ -193,8 +203,10 @@ class Cache:
             sum_n1 = torch.logaddexp(log_p_nK.logsumexp(-1), log_tail_n).unsqueeze(1)
             log_p_nK, log_tail_n = log_p_nK - sum_n1, log_tail_n - sum_n1[:, 0]
         likeliest_T = place(torch.from_numpy(kept.likeliest_n.astype(np.int64)))
-        facts_FT = place(torch.from_numpy(from_code(kept.facts_nF))).T
+        facts_nF = from_code(kept.facts_nF)
+        facts_FT = place(torch.from_numpy(np.where(np.isneginf(facts_nF), np.nan, facts_nF))).T
         exact = [Exact(likeliest_T, top_T, label_T, -minus_T) for top_T, label_T, minus_T in facts_FT.split(NUM_FACTS)]
         ids_TK = place(spread(kept.ids_M.astype(np.int64), 0))
-        rest = (place(log_tail_n), self._identity.temperature, weights_TK, exact[0], exact[-1])
+        known = exact[0] if self._identity.is_whole else None  # else the loss is told of the ids that are named
+        rest = (place(log_tail_n), self._identity.temperature, weights_TK, known, exact[-1])
         return SparseSignal(ids_TK, place(log_p_nK), *rest)

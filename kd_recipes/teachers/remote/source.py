@@ -33,6 +33,7 @@ from kd_recipes.teachers.teacher import CacheableSource, ProbedTeacher, Surround
 
 MAX_K = 4096
 _FIRST_WAIT_S = 15.0  # for a server before a run: what is not there then is more likely misspelt than restarted
+_PROBE_LENGTH = 32  # tokens of it that the teacher is known by again
 _PROBE = """The year 1984 (a novel by G. Orwell) isn't over: "Qu'est-ce que c'est?", 3.14159 naïve cafés.
 
 def square(x):
@@ -79,7 +80,6 @@ class RemoteTeacher(CacheableSource):
 
     def _setting_problems(self) -> Iterator[Problem]:
         yield from _url_problems(self.url)
-        yield from _key_problems(self._api_key_env)
         if self._dialect not in DIALECTS:
             yield Problem(".dialect", self._dialect, f"one of {', '.join(DIALECTS)}")
         for name, value, least in (
@@ -96,6 +96,7 @@ class RemoteTeacher(CacheableSource):
     def problems(self, cfg: DictConfig) -> Iterator[Problem]:
         """What of the config it does not suit; that it does not answer, or has another tokenizer."""
         found = [*temperature_problems(cfg, 1.0, "at which servers tell probabilities"), *loss_problems(cfg)]
+        found += _key_problems(self._api_key_env)
         yield from found
         if found:
             return
@@ -145,7 +146,7 @@ class RemoteTeacher(CacheableSource):
             Workers(self._max_concurrency),
             num_ids=around.num_ids,
             num_ahead=self._num_ahead,
-            probe=probe,
+            probe=probe[:_PROBE_LENGTH],
         )
 
 
