@@ -175,3 +175,11 @@ def test_of_ids_that_were_drawn_the_divergences_are_estimates(batch: Batch) -> N
     for name in ("kl", "reverse_kl", "agreement", "reference_accuracy"):
         torch.testing.assert_close(found[name], dense[name], rtol=1e-4, atol=1e-5, msg=name)
     assert found["reference_entropy"].isnan().all()  # nobody has said it
+
+
+def test_a_position_of_which_nothing_is_named_is_no_distance_away(batch: Batch) -> None:
+    nothing_TK = torch.full((B * S, 3), -torch.inf)
+    silent = SparseSignal(torch.zeros(B * S, 3, dtype=torch.long), nothing_TK, torch.zeros(B * S))
+    found = tokens.token_values(signal(logits(2)), silent, batch, num_ids=V).values
+    for name in ("kl", "reverse_kl"):
+        torch.testing.assert_close(found[name], torch.zeros_like(found[name]))

@@ -42,9 +42,9 @@ class Model:
             log_p_nV = self._model(torch.tensor([ids]))[0, :-1].float().log_softmax(-1)
         entries: list[dict[str, Any] | None] = [None]
         for own, log_p_V in zip(ids[1:], log_p_nV, strict=True):
-            ranked = log_p_V.argsort(descending=True).tolist()
-            wanted = dict.fromkeys([own, *ranked[:k]])
-            entries.append({str(i): {"logprob": float(log_p_V[i]), "rank": ranked.index(i) + 1} for i in wanted})
+            wanted = dict.fromkeys([own, *log_p_V.topk(min(k, len(log_p_V))).indices.tolist()])
+            ranks = {i: int((log_p_V > log_p_V[i]).sum()) + 1 for i in wanted}
+            entries.append({str(i): {"logprob": float(log_p_V[i]), "rank": ranks[i]} for i in wanted})
         return entries
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +92,7 @@ def _echo(tokenizer: HFTokenizer, bos_id: int, asked: list[Request]):  # type: i
             logprobs = {"tokens": ["x"], "token_logprobs": [-9.0], "top_logprobs": [entry(ids[-1])]}
             return {"choices": [{"logprobs": logprobs}], "usage": usage}
         rows = range(len(ids))
-        own = ids[1:] + [3] if ids[0] == bos_id else ids
+        own = [*ids[1:], 3] if ids[0] == bos_id else ids
         shown = [(own[row], ids[row]) for row in rows if own[row] != bos_id]
         top = [None, *(entry(after) for _, after in shown[1:])]
         tokens = ["" if index in tokenizer.special_tokens.values() else pieces.text([index]) for index, _ in shown]

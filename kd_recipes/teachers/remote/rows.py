@@ -66,7 +66,8 @@ def with_tail(log_p_nK: Numbers, num_ids: int) -> tuple[Numbers, Numbers]:
         RunError: they are no probabilities.
     """
     named_nK = log_p_nK.astype(np.float64)
-    sum_n = np.logaddexp.reduce(named_nK, axis=1)
+    with np.errstate(invalid="ignore"):  # of nan, which is refused
+        sum_n = np.logaddexp.reduce(named_nK, axis=1)
     if len(sum_n) and not (sum_n.max() < np.log1p(_MOST_SURPLUS)):
         raise RunError(
             f"remote teacher: the probabilities of a position add up to {np.exp(sum_n.max()):.3g}: "

@@ -26,7 +26,7 @@ from kd_recipes.signals import Exact, SparseSignal
 from kd_recipes.teachers.cache.content import Document, documents
 from kd_recipes.teachers.limits import loss_problems, temperature_problems
 from kd_recipes.teachers.online import OnlineTeacher
-from kd_recipes.teachers.remote.client import Client, Workers, redacted
+from kd_recipes.teachers.remote.client import Client, Request, Workers, redacted
 from kd_recipes.teachers.remote.dialects import DIALECTS, Dialect
 from kd_recipes.teachers.remote.rows import Rows, with_tail
 from kd_recipes.teachers.teacher import CacheableSource, ProbedTeacher, Surroundings
@@ -115,9 +115,13 @@ class RemoteTeacher(CacheableSource):
             key = os.environ[self._api_key_env].strip() if self._api_key_env else None
             client = Client(self.url, key=key, max_concurrency=self._max_concurrency, **settings)
             dialect = DIALECTS[self._dialect](self.model, self.k, tokenizer)
+
+            def ask(request: Request) -> Any:
+                return client.ask(request, min(self._max_wait_s, _FIRST_WAIT_S))
+
             here = tokenizer.encode(_PROBE, add_bos=False, add_eos=False)
-            there = dialect.tokenize(_PROBE, lambda request: client.ask(request, _FIRST_WAIT_S))
-            _compare(here, there, tokenizer)
+            _compare(here, dialect.tokenize(_PROBE, ask), tokenizer)
+            dialect.rows(tokenizer.encode(_PROBE, add_bos=True, add_eos=False)[:4], ask)  # or why it tells none
             self._found = client, dialect
         return self._found
 

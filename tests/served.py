@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).with_name("completion_server.py")
+SCRIPT = Path(__file__).parent / "teachers" / "completion_server.py"
 
 
 def free_port() -> int:
@@ -62,7 +62,8 @@ class Served:
     def start(self, *, timeout: float = 120) -> Served:
         """Start it, and wait until it listens."""
         with self.output.open("ab") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
             self._process = subprocess.Popen(self.command, stdout=output, stderr=output, env=environment)
         end = time.monotonic() + timeout
         while time.monotonic() < end:
