@@ -2,7 +2,7 @@
 
 `make bench` runs the quickstart first, whose teacher, pruned student and text this uses. Two servers on this machine
 have the quickstart's teacher: llama-cpp-python's, with the GGUF file that it came from, and one of the tests that
-speaks vLLM's protocol, with torch and the imported weights. The student is distilled for a few steps from each, and
+speaks vLLM's protocol, with numpy and the imported weights. The student is distilled for a few steps from each, and
 from the model itself beside it; last, the second server is killed within a run and started again.
 
     python tests/benchmarks/remote_teacher.py [PYTHON]
@@ -41,7 +41,7 @@ ROOT = Path("runs/bench/remote_teacher")
 CONFIG, CACHED = (str(find_config(f"quickstart_{name}")) for name in ("remote", "cached"))
 GGUF = "runs/quickstart/downloads/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEACHER = Path("runs/quickstart/teacher")
-STEPS = 5
+STEPS = 4
 AWAY_S = 20
 SAME = ["~eval_dataset", "dtype=fp32", "~save_every_n_steps", "log_graph=False", f"max_steps={STEPS}"]
 # the same data, and the model beside the student
@@ -80,7 +80,7 @@ def distil(name: str, *overrides: str, config: str = CONFIG) -> list[dict[str, f
     return [line["values"] for line in lines if line["split"] == "train"]
 
 
-def distance(served: Served, dialect: str, num_batches: int = 3) -> dict[str, float]:
+def distance(served: Served, dialect: str, num_batches: int = 1) -> dict[str, float]:
     """Over some text: mean KL(server || model) over k + 1 buckets, and how often both have the same likeliest id."""
     cfg = load_and_validate(CONFIG)
     tokenizer, device = build("tokenizer", cfg.tokenizer), torch.device("cpu")

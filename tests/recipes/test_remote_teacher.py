@@ -53,11 +53,11 @@ def server(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture
 def write(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Write:
-    """``write(url, k, teacher settings, **settings)``: a distillation from a server, or with None from a model."""
+    """``write(url, k, its settings, **settings)``: a distillation from a server, or with None from a model."""
 
-    def config(url: str | None, k: int = 8, teacher: dict[str, Any] | None = None, **settings: Any) -> Path:
+    def config(url: str | None, k: int = 8, more: dict[str, Any] | None = None, **settings: Any) -> Path:
         held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
-        section = None if url is None else {"_component_": REMOTE, "url": url, "k": k, **(teacher or {})}
+        section = None if url is None else {"_component_": REMOTE, "url": url, "k": k, **(more or {})}
         run = {} if url else {"output_dir": str(tmp_path / "online")}
         own = {"teacher": section, "eval_dataset": held_out, "health": None, "max_steps": 4, **run, **settings}
         return write_config(tmp_path, **own)
@@ -99,7 +99,7 @@ def test_packed_documents_are_asked_about_one_by_one(write: Write, serve: Serve,
 
 def test_batches_are_asked_about_before_they_are_needed(write: Write, serve: Serve) -> None:
     served = serve()
-    recipe = prepare(write(served.url, teacher={"num_ahead": 3}, eval_dataset=None))
+    recipe = prepare(write(served.url, more={"num_ahead": 3}, eval_dataset=None))
     assert recipe._teacher is not None
     before, seen = len(served.questions), []
     batches = list(recipe._loader.batches())
@@ -167,7 +167,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(
 ) -> None:
     served = serve(nap=0.1)
     teacher = {"num_ahead": 0, "max_concurrency": 1, "max_wait_s": 1.5}
-    config = write(served.url, teacher=teacher, eval_dataset=None, save_every_n_steps=1)
+    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=1)
     watcher = _when(served, 7, served.kill)
     assert run_recipe("distill", ["--config", str(config)]) == EXIT_STOPPED
     watcher.join()
@@ -184,7 +184,7 @@ def test_the_key_is_seen_by_nobody(
 ) -> None:
     served = serve(key=KEY, **{"500": [4]})
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    config = write(served.url, teacher={"api_key_env": "TEACHER_KEY"}, eval_dataset=None)
+    config = write(served.url, more={"api_key_env": "TEACHER_KEY"}, eval_dataset=None)
     assert run_recipe("distill", ["--config", str(config)]) == 0
     monkeypatch.setenv("TEACHER_KEY", f"{KEY}-wrong")
     served.kill()  # its second life counts from 0: no fault
@@ -212,7 +212,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["teacher.dialect=tgi"], "teacher.dialect: got 'tgi', wanted one of vllm, llama_cpp_python"),
     (["teacher.timeout_s=0"], "teacher.timeout_s"),
     (["teacher.url=http://me:hidden@127.0.0.1/v1"], "teacher.url: got 'http://127.0.0.1/v1 with more in it'"),
-    (["teacher.url=http://127.0.0.1/v1?key\\=hidden"], "teacher.url: got 'http://127.0.0.1/v1 with more in it'"),
+    (["teacher.url=http://127.0.0.1/v1?hidden"], "teacher.url: got 'http://127.0.0.1/v1 with more in it'"),
     (["teacher.url=127.0.0.1"], "teacher.url: got"),
     (["teacher.api_key_env=sk-hidden"], r"teacher.api_key_env: got '\(not shown\)'"),
     ([f"teacher.url=http://127.0.0.1:{free_port()}/v1", "teacher.max_wait_s=0.1"], "teacher.url: .*refused"),
@@ -303,7 +303,7 @@ def _assert_close(tmp_path: Path, names: set[str]) -> None:
         ),
         (["teacher.source.dialect=tgi"], "teacher.source.dialect"),
         (["temperature=2.0"], "temperature: got 2.0"),
-        (["~teacher.source"], "teacher_model: got None.*\n.*teacher_checkpointer: got None"),
+        (["teacher.source=null"], "teacher_model: got None.*\n.*teacher_checkpointer: got None"),
     ],
 )
 def test_a_cache_that_a_server_cannot_fill_is_refused(
@@ -317,7 +317,7 @@ def test_a_cache_that_a_server_cannot_fill_is_refused(
 
 def test_each_process_asks_about_its_own_rows(write: Write, serve: Serve, tmp_path: Path) -> None:
     served = serve()
-    config = write(served.url, max_steps=2, eval_dataset=None, teacher={"num_ahead": 0})
+    config = write(served.url, max_steps=2, eval_dataset=None, more={"num_ahead": 0})
     done = run_tune("run", "--nproc_per_node", "2", "kd_recipes.distill", "--config", str(config), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     prompts = [json.dumps(prompt) for prompt in served.questions if isinstance(prompt, list) and prompt[-1] == 0]
