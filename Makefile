@@ -46,6 +46,9 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(BIN)/python tests/benchmarks/generation_speed.py
 	$(BIN)/python tests/benchmarks/monitoring.py
 	$(BIN)/python tests/benchmarks/cached_teachers.py
+	$(PYTHON) -m venv $(VENV)/llama_cpp
+	$(VENV)/llama_cpp/bin/python -m pip install $(PIP_ARGS) 'llama-cpp-python[server]'
+	$(BIN)/python tests/benchmarks/remote_teacher.py $(VENV)/llama_cpp/bin/python
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,14 +1,16 @@
 """Run a teacher over a distillation's data once, and write to disk what it says: see docs/teachers.md.
 
 Takes the config of the distillation, whose `teacher` is a kd_recipes.teachers.CachedTeacher: what it names as
-teacher_model is asked about all of `dataset` and `eval_dataset`. What is there already is not done again, so that a run
-that was cut off goes on, and new data is added.
+teacher_model, or in `teacher.source`, is asked about all of `dataset` and `eval_dataset`. What is there already is not
+done again, so that a run that was cut off goes on, and new data is added.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from kd_recipes._torchtune import ModelSize
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, RunError, within
@@ -24,22 +27,26 @@ from kd_recipes.evaluation.tokens import token_values
 from kd_recipes.losses import FeatureTerms
 from kd_recipes.pair import Pair
 from kd_recipes.parts import build
+from kd_recipes.signals import DenseSignal, Signal, SparseSignal
 from kd_recipes.storage import require_free_space
-from kd_recipes.teachers import CachedTeacher, OnlineTeacher
+from kd_recipes.teachers import CachedTeacher, Teacher
 from kd_recipes.teachers.cache import Cache
 from kd_recipes.teachers.cache.encodings import encoding_of
-from kd_recipes.teachers.cache.fill import Plan, Scribe, fill, plan, rounds
+from kd_recipes.teachers.cache.fill import Plan, Scribe, fill, foreseen, plan, rounds
 from kd_recipes.teachers.cache.identity import (
     Identity,
     differences,
     hash_tokens,
     hash_weights,
     plain,
+    probe_problems,
     quantization_of,
     setting_problems,
 )
-from kd_recipes.teachers.cache.source import layout, temperatures
+from kd_recipes.teachers.cache.source import layout
 from kd_recipes.teachers.cache.store import Writer
+from kd_recipes.teachers.limits import temperatures
+from kd_recipes.teachers.teacher import ProbedTeacher
 from kd_recipes.training import settings
 from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.faults import explain_memory
@@ -48,7 +55,7 @@ from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_models, check_teacher
 
-_REQUIRED = ("teacher", "teacher_model", "teacher_checkpointer", "tokenizer", "dataset", "batch_size")
+_REQUIRED = ("teacher", "tokenizer", "dataset", "batch_size")
 
 
 def _as_here(key: Key) -> Key:
@@ -87,13 +94,23 @@ class _Job:
     def batches(self) -> Iterator[Batch]:
         return chain.from_iterable(loader.batches() for loader in self.loaders.values())
 
-    def teacher(self) -> OnlineTeacher:
-        device, dtype = self.parallel.device, DTYPES[self.cfg.teacher_dtype]
-        teacher = Pair(self.cfg, dtype, device, self.parallel, FeatureTerms({})).teacher(
-            None, self.tokenizer, self.num_ids
-        )
-        assert isinstance(teacher, OnlineTeacher)
+    def teacher(self) -> Teacher:
+        if self.remote is not None:
+            return self.remote
+        teacher = self._pair(DTYPES[self.cfg.teacher_dtype]).teacher(None, self.tokenizer, self.num_ids)
+        assert teacher is not None
         return teacher
+
+    @cached_property
+    def remote(self) -> ProbedTeacher | None:
+        """What ``teacher.source`` describes, ready to be asked."""
+        source = self.source.source
+        if source is None:
+            return None
+        return source.open(self._pair(torch.float32).surroundings(self.tokenizer, self.num_ids))
+
+    def _pair(self, dtype: torch.dtype) -> Pair:
+        return Pair(self.cfg, dtype, self.parallel.device, self.parallel, FeatureTerms({}))
 
 
 def main(cfg: DictConfig) -> None:
@@ -105,10 +122,12 @@ def main(cfg: DictConfig) -> None:
     source = within("teacher", lambda: build("teacher", cfg.teacher))
     if not isinstance(source, CachedTeacher):
         raise ConfigError(Problem("teacher", cfg.teacher._component_, "kd_recipes.teachers.CachedTeacher"))
-    found = check_teacher(cfg)
+    within("teacher", lambda: _check_source(source, cfg))
+    found = check_teacher(cfg if source.source is None else _without_model(cfg))
     tokenizer = build("tokenizer", cfg.tokenizer)
-    keys = ["teacher_model", *(["model"] if cfg.model is not None and cfg.checkpointer is not None else [])]
-    sizes = check_models(found, tokenizer, keys)
+    keys = ["teacher_model"] if source.source is None else []
+    keys += ["model"] if cfg.model is not None and cfg.checkpointer is not None else []
+    sizes = check_models(found, tokenizer, keys) or [_size_of(tokenizer)]
     device = local_device(cfg.teacher_device or cfg.device)
     parallel = Parallel.start(device, timeout=cfg.distributed_timeout)
     try:
@@ -116,13 +135,45 @@ def main(cfg: DictConfig) -> None:
             max_seq_len, num_ids = sizes[0].max_seq_len, min(size.num_rows for size in sizes)
             loaders = {key: _loader(found, key, tokenizer, parallel, max_seq_len) for key in _data(cfg)}
             job = _Job(found, source, parallel, tokenizer, loaders, num_ids)
-            found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype
+            found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype or None
             teacher = _write(job)
             _say_losses(job)
             if cfg.check:
                 _check(job, teacher or job.teacher())
     finally:
         parallel.stop()
+
+
+def _check_source(source: CachedTeacher, cfg: DictConfig) -> None:
+    """Where the teacher comes from, and whether it tells what is to be kept.
+
+    Raises:
+        ConfigError: from nowhere; or a server does not suit, or does not answer.
+    """
+    if source.source is None:
+        absent = [key for key in ("teacher_model", "teacher_checkpointer") if cfg[key] is None]
+        wanted, remedy = "the teacher that is asked", "Or name a server as teacher.source"
+        if absent:
+            raise ConfigError(*(Problem(key, None, wanted, remedy) for key in absent))
+        return
+    remote, encoding, k = source.source, source.encoding, source.source.k
+    if encoding is not None and (encoding.is_drawn or encoding.width > k):
+        wanted = f"a kd_recipes.teachers.TopK of at most {k}, the likeliest ids that the server is asked for"
+        raise ConfigError(Problem(".encoding", encoding.settings(), wanted))
+    if problems := within(".source", lambda: [*remote.problems(cfg)]):
+        raise ConfigError(*(replace(p, key=f".source{p.key}") if p.key.startswith(".") else p for p in problems))
+
+
+def _without_model(cfg: DictConfig) -> DictConfig:
+    """The config with nothing about a teacher that would run here."""
+    found = cfg.copy()
+    found.teacher_model = found.teacher_checkpointer = None
+    return found
+
+
+def _size_of(tokenizer: Any) -> ModelSize:
+    """What is known of a model that is not in the config."""
+    return ModelSize(num_layers=0, embed_dim=0, num_rows=tokenizer.vocab_size, max_seq_len=sys.maxsize)
 
 
 def _data(cfg: DictConfig) -> list[str]:
@@ -156,16 +207,19 @@ def _settle(job: _Job) -> Identity:
     asked = cfg.teacher_dtype or cfg.dtype
     if asked == "auto" and there is not None:  # what was measured once holds for the whole cache
         asked = there.dtype
-    dtype = dtype_name(resolve_dtype(asked, job.parallel.device))
+    dtype = "" if job.remote else dtype_name(resolve_dtype(asked, job.parallel.device))
+    source = job.source.source.describe() if job.source.source else None
     if there is not None:
         num_ids = min(job.num_ids, there.num_ids)  # a student with more ids gives those that the cache lacks no mass
         new = replace(there, temperature=softened.pop(), num_ids=num_ids, encoding=encoding, dtype=dtype)
-        if problems := [*setting_problems(there, new), *differences(there, cfg, directory)]:
+        problems = [*setting_problems(there, new), *differences(there, cfg, directory, source)]
+        if job.remote and not problems:
+            problems = [*probe_problems(there, job.remote.probe())]
+        if problems:
             raise ConfigError(*problems)
         return there
     digest, tokens = hash_tokens(cfg.tokenizer)
-    weights, stamps = hash_weights(cfg.teacher_checkpointer)
-    model = plain(cfg.teacher_model)
+    model, weights, stamps = _teacher_of(job)
     identity = Identity(
         model,
         weights,
@@ -175,13 +229,20 @@ def _settle(job: _Job) -> Identity:
         job.num_ids,
         encoding,
         dtype,
-        quantization=quantization_of(cfg),
+        quantization=quantization_of(cfg) if job.remote is None else None,
     )
     identity.save(directory, tokens)
     return identity
 
 
-def _write(job: _Job) -> OnlineTeacher | None:
+def _teacher_of(job: _Job) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """What identifies the teacher: its section, and its weights with their stamps, or what it says."""
+    if job.remote is not None and job.source.source is not None:
+        return job.source.source.describe(), {"probe": job.remote.probe()}, {}
+    return plain(job.cfg.teacher_model), *hash_weights(job.cfg.teacher_checkpointer)
+
+
+def _write(job: _Job) -> Teacher | None:
     """Add what is missing; returns the teacher, if it was needed."""
     cache, parallel = job.source.open_cache(), job.parallel
     tell = print if parallel.is_main else _say_nothing
@@ -197,8 +258,9 @@ def _write(job: _Job) -> OnlineTeacher | None:
     teacher = job.teacher()
     encoding = job.source.encoding or encoding_of(identity.encoding)
     with tqdm(total=missing.num_tokens, unit="tok", desc="cache", disable=not parallel.is_main) as progress:
+        turns = rounds(job.batches(), missing, parallel.rank, parallel.world_size)
         fill(
-            rounds(job.batches(), missing, parallel.rank, parallel.world_size),
+            foreseen(turns, teacher.ahead) if job.remote else turns,
             missing,
             teacher.signal,
             Scribe(encoding, layout(identity), identity.temperature),
@@ -265,7 +327,7 @@ def _describe(cache: Cache) -> str:
     )
 
 
-def _check(job: _Job, teacher: OnlineTeacher) -> None:
+def _check(job: _Job, teacher: Teacher) -> None:
     """Read all records; compare some with the teacher.
 
     Raises:
@@ -279,17 +341,28 @@ def _check(job: _Job, teacher: OnlineTeacher) -> None:
         every = len(loader) // count
         batches = islice(loader.batches(), 0, every * count, every)
         found = [
-            token_values(teacher.signal(batch), cache.signal(batch), batch, num_ids=job.num_ids).values["kl"]
+            _distances(teacher.signal(batch), cache.signal(batch), batch, job.num_ids)
             for batch in tqdm(batches, f"check {name}", count, leave=False, disable=not parallel.is_main)
         ]
-        kl_N = torch.cat(found)
+        distances_N = torch.cat(found)
         if parallel.is_main:
             print(
-                f"{name}: what is stored is {kl_N.mean():.1e} nats a token from what the teacher says "
-                f"({len(kl_N):,} tokens, at most {kl_N.abs().max():.1e})"
+                f"{name}: what is stored is {distances_N.mean():.1e} nats a token from what the teacher says "
+                f"({len(distances_N):,} tokens, at most {distances_N.abs().max():.1e})"
             )
     if parallel.is_main:
         print(f"{len(cache.store):,} records are what was written")
+
+
+def _distances(said: Signal, stored: SparseSignal, batch: Batch, num_ids: int) -> torch.Tensor:
+    """KL divergences at the labels; of a teacher that tells a few ids, distances of its likeliest's log-probability."""
+    if isinstance(said, DenseSignal):
+        return token_values(said, stored, batch, num_ids=num_ids).values["kl"]
+    assert isinstance(said, SparseSignal), "a mixture is not cached"
+    assert said.unsoftened is not None
+    assert stored.unsoftened is not None
+    gap_T = said.unsoftened.log_p_likeliest_T - stored.unsoftened.log_p_likeliest_T
+    return gap_T[batch.labels_BS.flatten() != IGNORE_INDEX].abs().cpu()
 
 
 if __name__ == "__main__":

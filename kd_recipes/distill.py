@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from kd_recipes.compression.checkpoint import settle
 from kd_recipes.config import without_environment
 from kd_recipes.errors import ConfigError, Problem, one_line, within
 from kd_recipes.evaluation import HeldOut, evaluate_held_out
-from kd_recipes.evaluation.behaviour import Behaviour, Speaker, beginnings
+from kd_recipes.evaluation.behaviour import Behaviour, Speaker
 from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, choose_objective
 from kd_recipes.monitoring import Alert
 from kd_recipes.monitoring.metrics import StepMeter
-from kd_recipes.monitoring.recorder import Recorder
+from kd_recipes.monitoring.recorder import Recorder, prompts_of
 from kd_recipes.pair import Pair, teacher_source
 from kd_recipes.parts import build, build_callable, build_profiler
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
@@ -151,11 +150,9 @@ class DistillRecipe(FTRecipeInterface):
             logger.log_config(without_environment(cfg))
         recorder = Recorder(self._run.path, self._parallel, logger, self._health, cfg.teacher_temperature)
         if self._health is not None and self._online is not None and self._eval_loader is not None:
-            wanted = self._health.num_prompts, self._health.prompt_length
-            prompts = self._parallel.each(beginnings(self._eval_loader.batches(), *wanted))
             recorder.behaviour = Behaviour(
                 Speaker(self._online.model, self._online.signal, self._device),
-                list(itertools.chain(*prompts))[: self._health.num_prompts],
+                prompts_of(self._eval_loader.batches(), self._health, self._parallel),
                 self._tokenizer,
                 num_ids=self._num_ids,
                 max_new_tokens=self._health.max_new_tokens,
@@ -196,6 +193,8 @@ class DistillRecipe(FTRecipeInterface):
 
     def _train_epoch(self, progress: Any) -> None:
         weighed = weigh(self._loader.batches(self.step // self._steps_per_epoch), self._token_weights)
+        if self._teacher and needs_teacher(self._cfg):
+            weighed = self._teacher.ahead(weighed)
         for micros in self._meter.steps(accumulate(weighed, self._cfg.gradient_accumulation_steps)):
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             planned = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
@@ -276,11 +275,12 @@ class DistillRecipe(FTRecipeInterface):
             return
         self.student.model.eval()
         limit = self._cfg.max_eval_batches or len(self._eval_loader)
+        batches = itertools.islice(self._eval_loader.batches(), limit)
         held_out = evaluate_held_out(
             self.student,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                self._interruption.until(islice(self._eval_loader.batches(), limit), self.step),
+                self._interruption.until(self._teacher.ahead(batches) if self._teacher else batches, self.step),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,

@@ -112,7 +112,7 @@ class Pair:
             num_ids: ids that the student has, without padding.
         """
         if source is not None:
-            teacher = source.open(Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher))
+            teacher = source.open(self.surroundings(tokenizer, num_ids))
             is_watched = self.cfg.health is not None and self.cfg.eval_dataset is not None
             if teacher.online is None and is_watched and self.parallel.is_main:
                 print("health: no teacher model is loaded that could write texts, so what texts tell is not watched")
@@ -121,6 +121,10 @@ class Pair:
             return None
         section = {"model": self.cfg.teacher_model, "checkpointer": self.cfg.teacher_checkpointer}
         return self._load_teacher("teacher_model", DictConfig(section))
+
+    def surroundings(self, tokenizer: Any, num_ids: int) -> Surroundings:
+        """What a teacher is opened with; arguments as of :meth:`teacher`."""
+        return Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher)
 
     def _load_teacher(self, key: str, section: DictConfig) -> OnlineTeacher:
         """A teacher that runs beside the student: see :class:`~kd_recipes.teachers.Surroundings`."""

@@ -172,7 +172,7 @@ class MixtureSignal:
 
 @dataclass(frozen=True)
 class Exact:
-    """What is known of a teacher's whole distribution at each position, at one temperature.
+    """What is known of a teacher's whole distribution at each position, at one temperature; nan is what is not.
 
     Args:
         likeliest_T: its likeliest id.

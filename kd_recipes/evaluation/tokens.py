@@ -152,6 +152,7 @@ def _beside_likeliest(log_q_nV: Tensor, sparse: SparseSignal) -> dict[str, Tenso
     ids_nK = torch.where(is_named_nK, sparse.ids_TK, sparse.ids_TK[:, :1])
     log_q_nK = log_q_nV.gather(1, ids_nK).masked_fill(~is_named_nK, -torch.inf)
     log_tail_n1 = log_q_nV.scatter(1, ids_nK, -torch.inf).logsumexp(-1, keepdim=True)
+    log_tail_n1 = torch.where(is_named_nK.any(-1, keepdim=True), log_tail_n1, 0.0)
     log_q_nB, log_p_nB = (
         torch.cat((log_q_nK, log_tail_n1), 1),
         torch.cat((sparse.log_p_TK, sparse.log_tail_T[:, None]), 1),

@@ -187,6 +187,7 @@ def _compare_likeliest(
     log_p_nB = torch.cat((teacher.log_p_TK, teacher.log_tail_T.unsqueeze(1)), 1).to(q_nV.dtype)
     # not 1 - sum(q): that has no digits left where the ids hold nearly everything
     tail_n1 = free[0].copy_(q_nV).scatter_(1, ids_nK, 0.0).sum(-1, keepdim=True)
+    tail_n1 = torch.where(is_named_nK.any(-1, keepdim=True), tail_n1, 1.0)
     divisor_n1 = tail_n1.clamp_min(_MIN_TAIL)
     has_tail_n1 = is_named_nK.sum(-1, keepdim=True) < q_nV.shape[1]
     log_tail_n1 = torch.where(has_tail_n1, divisor_n1.log(), LOG_ZERO)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from kd_recipes.evaluation.behaviour import Behaviour, Speaker
+from kd_recipes.batch import Batch
+from kd_recipes.evaluation.behaviour import Behaviour, Speaker, beginnings
 from kd_recipes.evaluation.held_out import HeldOut
 from kd_recipes.history import Entry, History
 from kd_recipes.monitoring.board import Board
@@ -21,6 +23,12 @@ from kd_recipes.monitoring.metrics import log
 from kd_recipes.monitoring.monitor import Alert, HealthMonitor
 from kd_recipes.monitoring.symptoms import Vitals
 from kd_recipes.training.parallel import Parallel
+
+
+def prompts_of(held_out: Iterable[Batch], health: Health, parallel: Parallel) -> list[list[int]]:
+    """The beginnings of held-out texts that are watched, the same in all processes."""
+    found = parallel.each(beginnings(held_out, health.num_prompts, health.prompt_length))
+    return list(chain(*found))[: health.num_prompts]
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from kd_recipes.teachers.cache import CachedTeacher, RandomSampling, TopK
 from kd_recipes.teachers.mixture import Mixture
 from kd_recipes.teachers.online import OnlineTeacher
+from kd_recipes.teachers.remote import RemoteTeacher
 from kd_recipes.teachers.teacher import Surroundings, Teacher, TeacherSource
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Mixture",
     "OnlineTeacher",
     "RandomSampling",
+    "RemoteTeacher",
     "Surroundings",
     "Teacher",
     "TeacherSource",

@@ -18,8 +18,9 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.signals import MixtureSignal
+from kd_recipes.teachers.limits import own_divergence_problems
 from kd_recipes.teachers.online import OnlineTeacher
-from kd_recipes.teachers.teacher import Surroundings, TeacherSource, own_divergence_problems
+from kd_recipes.teachers.teacher import Surroundings, TeacherSource
 
 _REQUIRED, _OPTIONAL = ("model", "checkpointer"), ("dtype", "device", "quantization", "cpu_offload")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # it becomes part of the names of metrics
@@ -148,6 +149,10 @@ class MixedTeachers:
     def models(self) -> Sequence[TransformerDecoder]:
         """All of them."""
         return [teacher.model for teacher in self._teachers.values()]
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """As they are: they compute when they are asked."""
+        return iter(batches)
 
     def signal(self, batch: Batch) -> MixtureSignal:
         """Their distributions and weights at each position.

@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes.batch import Batch
 from kd_recipes.errors import Problem
-from kd_recipes.losses import build_divergence
 from kd_recipes.signals import Signal
 from kd_recipes.teachers.online import OnlineTeacher
 
@@ -35,6 +33,12 @@ class Teacher(Protocol):
 
         Args:
             batch: on the student's device.
+        """
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, in their order, which the teacher is going to be asked about.
+
+        One that has to be waited for can take some before they are asked for.
         """
 
 
@@ -83,14 +87,22 @@ class TeacherSource(ABC):
         """
 
 
-def own_divergence_problems(cfg: DictConfig, reason: str) -> Iterator[Problem]:
-    """A ``kd_loss`` of torchtune's, where the teacher is none that gives logits.
+class ProbedTeacher(Teacher, Protocol):
+    """A teacher that is known by what it says."""
 
-    Args:
-        cfg: of the distillation.
-        reason: why it does not do.
-    """
-    kd_loss = build_divergence("kd_loss", cfg.kd_loss)
-    if isinstance(kd_loss, nn.Module):
-        remedy = "kd_recipes.losses.ForwardKL has the gradient of theirs"
-        yield Problem("kd_loss", type(kd_loss).__name__, f"a divergence of kd_recipes.losses: {reason}", remedy)
+    def probe(self) -> dict[str, list[float]]:
+        """``likeliest``: the likeliest id after each token of a fixed text; ``log_p``: its log-probability."""
+
+
+class CacheableSource(TeacherSource):
+    """A teacher that a cache can be made of, in the place of ``teacher_model``."""
+
+    k: int  # most likeliest ids of a position that it tells
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a cache of it is known by, beside what it says."""
+
+    @abstractmethod
+    def open(self, around: Surroundings) -> ProbedTeacher:
+        """As :meth:`TeacherSource.open`."""

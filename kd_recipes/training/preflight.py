@@ -44,7 +44,7 @@ def preflight(cfg: DictConfig) -> None:
 
 
 def check_teacher(cfg: DictConfig) -> DictConfig:
-    """Check what a config says of ``teacher_model``, for a recipe that runs it alone.
+    """Check what a config says of ``teacher_model``, if anything, for a recipe that runs it alone.
 
     Returns:
         The config of a distillation from it, whatever stands in ``teacher``.
@@ -56,7 +56,9 @@ def check_teacher(cfg: DictConfig) -> DictConfig:
     found.teacher, found.kd_ratio = None, 1.0
     if found.checkpointer is None:
         found.checkpointer = cfg.teacher_checkpointer
-    problems = [*_device_problems(found), *_file_problems("teacher_checkpointer", found.teacher_checkpointer)]
+    problems = [*_device_problems(found)]
+    if found.teacher_checkpointer is not None:
+        problems += _file_problems("teacher_checkpointer", found.teacher_checkpointer)
     problems = problems or [*_vocabulary_problems(found, _teacher_checkpointers(found))]
     if problems:
         raise ConfigError(*problems)

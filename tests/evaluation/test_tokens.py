@@ -210,3 +210,11 @@ def test_a_mixture_is_compared_as_one_and_each_teacher_by_itself(
     whole = evaluate_held_out(lambda _: signal(q_TV), lambda _: mixture, [batch, batch], V)
     assert whole.metrics()["teacher_a/kl"] == pytest.approx(float(found["teacher_a/kl"].mean()), rel=1e-5)
     assert whole.kl == pytest.approx(float(found["kl"].mean()), rel=1e-5)
+
+
+def test_a_position_of_which_nothing_is_named_is_no_distance_away(batch: Batch) -> None:
+    nothing_TK = torch.full((B * S, 3), -torch.inf)
+    silent = SparseSignal(torch.zeros(B * S, 3, dtype=torch.long), nothing_TK, torch.zeros(B * S))
+    found = tokens.token_values(signal(logits(2)), silent, batch, num_ids=V).values
+    for name in ("kl", "reverse_kl"):
+        torch.testing.assert_close(found[name], torch.zeros_like(found[name]))

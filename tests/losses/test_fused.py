@@ -330,3 +330,21 @@ def test_a_function_that_is_no_divergence_is_an_error():
     terms = dataclasses.replace(PLAIN, divergence=losses.Differentiated(lambda log_p, log_q: (log_p * log_q).sum()))
     with pytest.raises(ValueError, match="one value a token"):
         fused_loss(LinearLogits((hidden,), (weight,)), signal, Tokens(None, labels, weights), terms, num_ids=V)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_position_of_which_nothing_is_named_teaches_nothing(name):
+    ours, _ = DIVERGENCES[name]
+    hidden, weight, _, _, labels, weights = _tensors(dtype=torch.float32)
+    nothing_TK = torch.full((T, 3), -torch.inf)
+    silent = SparseSignal(torch.zeros(T, 3, dtype=torch.long), nothing_TK, torch.zeros(T))
+    total, _ = fused_loss(
+        LinearLogits((hidden,), (weight,)),
+        silent,
+        Tokens(None, labels, weights),
+        Terms(ours, 1.0, 1.0, 1.0, 0.0),
+        num_ids=V,
+    )
+    assert total.item() == pytest.approx(0, abs=1e-5)
+    for gradient in torch.autograd.grad(total, (hidden, weight)):
+        assert float(gradient.abs().max()) < 1e-4

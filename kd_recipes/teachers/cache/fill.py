@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import tee
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_recipes.batch import Batch
-from kd_recipes.signals import DenseSignal, Exact
+from kd_recipes.batch import IGNORE_INDEX, Batch
+from kd_recipes.signals import DenseSignal, Exact, Signal, SparseSignal
 from kd_recipes.teachers.cache.content import Document, Positions, documents, uniform
-from kd_recipes.teachers.cache.encodings import Encoding
+from kd_recipes.teachers.cache.encodings import Encoding, Named
 from kd_recipes.teachers.cache.record import Kept, Layout, to_code
 from kd_recipes.teachers.cache.source import Cache
 from kd_recipes.teachers.cache.store import Writer
@@ -91,7 +92,7 @@ class Scribe:
 
     @torch.no_grad()
     def records(
-        self, signal: DenseSignal, batch: Batch, wanted: Mapping[bytes, Positions]
+        self, signal: Signal, batch: Batch, wanted: Mapping[bytes, Positions]
     ) -> Iterator[tuple[bytes, Positions, bytes]]:
         """Key, positions and record of the documents that are wanted.
 
@@ -118,15 +119,35 @@ class Scribe:
             positions_n = wanted[key]
             yield key, positions_n, self.layout.encode(len(document.ids) - 1, positions_n, kept)
 
-    def _keep(self, signal: DenseSignal, places_n: Tensor, labels_n: Tensor, uniform_nD: Tensor) -> Kept:
+    def _keep(self, signal: Signal, places_n: Tensor, labels_n: Tensor, uniform_nD: Tensor) -> Kept:
+        if isinstance(signal, SparseSignal):
+            return self._code(*self._of_likeliest(signal[places_n.to(signal.ids_TK.device)]))
+        assert isinstance(signal, DenseSignal), "a mixture is not cached"
+        return self._code(*self._of_all(signal, places_n, labels_n, uniform_nD))
+
+    def _of_all(
+        self, signal: DenseSignal, places_n: Tensor, labels_n: Tensor, uniform_nD: Tensor
+    ) -> tuple[Named, list[Exact]]:
         logits_nV = signal.logits.first(self.layout.num_ids).compute(places_n).float()
         labels_n, uniform_nD = labels_n.to(logits_nV.device), uniform_nD.to(logits_nV.device)
         log_p_nV = (logits_nV / self.temperature).log_softmax(-1)
         exact = [Exact.of(log_p_nV, labels_n)]
         if self.layout.num_temperatures == 2:
             exact.append(Exact.of(logits_nV.log_softmax(-1), labels_n))
-        named = self.encoding.name(log_p_nV, uniform_nD)
+        return self.encoding.name(log_p_nV, uniform_nD), exact
+
+    def _of_likeliest(self, known: SparseSignal) -> tuple[Named, list[Exact]]:
+        """Of a teacher that names its likeliest ids itself: as many as are kept, or more."""
+        assert known.unsoftened is not None
+        order_nK = known.log_p_TK.argsort(-1, descending=True)
+        kept_nK, others_nK = order_nK[:, : self.layout.width], order_nK[:, self.layout.width :]
+        log_tail_n = torch.logaddexp(known.log_tail_T, known.log_p_TK.gather(1, others_nK).logsumexp(-1))
+        log_p_nK = known.log_p_TK.gather(1, kept_nK)
+        return Named(known.ids_TK.gather(1, kept_nK), log_p_nK, log_tail_n=log_tail_n), [known.unsoftened]
+
+    def _code(self, named: Named, exact: Sequence[Exact]) -> Kept:
         is_named_nK = named.log_p_nK > -torch.inf
+        is_named_nK[:, 0] = True  # a row has one at least, if only with no probability
 
         def code(nats: Tensor) -> np.ndarray:
             return to_code(nats.cpu().numpy())
@@ -148,7 +169,7 @@ class Scribe:
             nothing if named.counts_nK is None else whole(named.counts_nK[is_named_nK]),
             tail_n,
             whole(exact[0].likeliest_T),
-            np.stack([code(nats) for nats in facts], 1),
+            np.stack([code(nats.nan_to_num(nan=-torch.inf, neginf=-1e6)) for nats in facts], 1),
         )
 
 
@@ -175,10 +196,35 @@ def rounds(
         yield turn()
 
 
+def foreseen(
+    turns: Iterable[tuple[Batch, Sequence[bytes], int]], ahead: Callable[[Iterable[Batch]], Iterator[Batch]]
+) -> Iterator[tuple[Batch, Sequence[bytes], int]]:
+    """The turns, which a teacher sees coming, with labels in the documents alone that are to be kept.
+
+    Args:
+        turns: of :func:`rounds`.
+        ahead: of a teacher that is asked document by document.
+    """
+    seen, used = tee(turns)
+    batches = ahead(_only(batch, keys) for batch, keys, _ in seen)
+    for batch, (_, keys, num_tokens) in zip(batches, used, strict=False):
+        yield batch, keys, num_tokens
+
+
+def _only(batch: Batch, keys: Sequence[bytes]) -> Batch:
+    labels_T = batch.labels_BS.flatten()
+    kept_T = torch.full_like(labels_T, IGNORE_INDEX)
+    for document in documents(batch):
+        if document.key in keys:
+            places_n = torch.from_numpy(document.start + document.positions_n).to(labels_T.device)
+            kept_T[places_n] = labels_T[places_n]
+    return replace(batch, labels_BS=kept_T.view_as(batch.labels_BS))
+
+
 def fill(
     turns: Iterable[tuple[Batch, Sequence[bytes], int]],
     plan: Plan,
-    ask: Callable[[Batch], DenseSignal],
+    ask: Callable[[Batch], Signal],
     scribe: Scribe,
     writer: Writer,
     begin: Callable[[int, int, float], None],

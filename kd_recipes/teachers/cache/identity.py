@@ -18,6 +18,7 @@ from kd_recipes.tokenizers import token_ids
 
 FORMAT = 1
 _FILE, _TOKENS = "cache.json", "token_ids.json"
+_LEAST_AGREEMENT, _MOST_GAP = 0.9, 0.1  # of the likeliest ids; in nats
 _AGAIN = "Choose another path for a cache of this one, or go back to what the cache was made with"
 
 
@@ -27,7 +28,7 @@ class Identity:
 
     Args:
         model: the section that the teacher was built from.
-        weights: its files: name -> size and SHA-256.
+        weights: its files: name -> size and SHA-256; of one that is known by what it says, ``probe`` -> that.
         stamps: name -> size and time of change, by which files that were hashed once are known again.
         tokens: SHA-256 of the token-to-id map, or of the tokenizer's file.
         temperature: of the distributions.
@@ -48,6 +49,11 @@ class Identity:
     dtype: str
     format: int = FORMAT
     quantization: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its teacher's whole distribution was known, and not a few ids of each position."""
+        return "probe" not in self.weights
 
     def save(self, directory: Path, tokens: Mapping[str, int]) -> None:
         """Begin a cache with it, and with the map from tokens to ids.
@@ -119,17 +125,27 @@ def hash_weights(section: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return describe_files(directory, weight_files(directory)), file_stamps(directory)
 
 
-def differences(cache: Identity, cfg: DictConfig, directory: Path) -> Iterator[Problem]:
-    """How the teacher and the vocabulary of a config differ from a cache's; keys are those of the config."""
-    if cfg.teacher_checkpointer is not None:
-        yield from _weight_problems(cache, cfg.teacher_checkpointer)
-    if cfg.teacher_model is not None and plain(cfg.teacher_model) != dict(cache.model):
-        new, old = plain(cfg.teacher_model), dict(cache.model)
-        name = next(name for name in sorted({*new, *old}) if new.get(name) != old.get(name))
-        yield Problem(f"teacher_model.{name}", new.get(name), f"{old.get(name)}, as the cache was made with", _AGAIN)
-    if cfg.teacher_model is not None and quantization_of(cfg) != cache.quantization:
-        wanted = f"{cache.quantization}, as the cache was made with"
-        yield Problem("teacher_quantization", quantization_of(cfg), wanted, _AGAIN)
+def differences(
+    cache: Identity, cfg: DictConfig, directory: Path, source: Mapping[str, Any] | None = None
+) -> Iterator[Problem]:
+    """How the teacher and the vocabulary of a config differ from a cache's; keys are those of the config.
+
+    Args:
+        cache: what there is.
+        cfg: of a distillation.
+        directory: of the cache.
+        source: what describes a teacher in the place of ``teacher_model``; None for none.
+    """
+    if source is not None:
+        yield from _section_problems(cache, "teacher.source", source)
+    else:
+        if cfg.teacher_checkpointer is not None:
+            yield from _weight_problems(cache, cfg.teacher_checkpointer)
+        if cfg.teacher_model is not None:
+            yield from _section_problems(cache, "teacher_model", plain(cfg.teacher_model))
+        if cfg.teacher_model is not None and quantization_of(cfg) != cache.quantization:
+            wanted = f"{cache.quantization}, as the cache was made with"
+            yield Problem("teacher_quantization", quantization_of(cfg), wanted, _AGAIN)
     digest, tokens = hash_tokens(cfg.tokenizer)
     if digest != cache.tokens:
         known = json.loads((directory / _TOKENS).read_text(encoding="utf-8"))
@@ -138,6 +154,28 @@ def differences(cache: Identity, cfg: DictConfig, directory: Path) -> Iterator[P
             token, _ = min(changed, key=lambda item: (item[1], item[0]))
             got = f"{token!r} is {tokens.get(token)} for the tokenizer and {known.get(token)} for the cache"
         yield Problem("tokenizer.path", got, "the tokenizer that the cache was made with", _AGAIN)
+
+
+def _section_problems(cache: Identity, key: str, new: Mapping[str, Any]) -> Iterator[Problem]:
+    old = dict(cache.model)
+    if dict(new) != old:
+        name = next(name for name in sorted({*new, *old}) if new.get(name) != old.get(name))
+        yield Problem(f"{key}.{name}", new.get(name), f"{old.get(name)}, as the cache was made with", _AGAIN)
+
+
+def probe_problems(cache: Identity, said: Mapping[str, list[float]]) -> Iterator[Problem]:
+    """How what a teacher says of a fixed text differs from what the cache's teacher said.
+
+    A server gives other last digits to the same question from time to time, so that numbers need not be equal.
+    """
+    known = cache.weights["probe"]
+    pairs = [*zip(known["likeliest"], said["likeliest"], strict=False)]
+    agreement = sum(a == b for a, b in pairs) / max(len(pairs), 1)
+    gaps = [abs(a - b) for a, b in zip(known["log_p"], said["log_p"], strict=False)]
+    gap = sum(gaps) / max(len(gaps), 1)
+    if len(known["likeliest"]) != len(said["likeliest"]) or agreement < _LEAST_AGREEMENT or gap > _MOST_GAP:
+        got = f"a server whose model has {agreement:.0%} of the likeliest ids of a fixed text, {gap:.3f} nats apart"
+        yield Problem("teacher.source.url", got, "the model that the cache was made of", _AGAIN)
 
 
 def _weight_problems(cache: Identity, section: DictConfig) -> Iterator[Problem]:

@@ -18,7 +18,6 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
 from kd_recipes.errors import ConfigError, Problem, RunError, within
-from kd_recipes.losses import Divergence, build_divergence
 from kd_recipes.parts import build, build_model
 from kd_recipes.signals import Exact, SparseSignal
 from kd_recipes.teachers.cache.content import Document, documents
@@ -26,17 +25,9 @@ from kd_recipes.teachers.cache.encodings import Encoding
 from kd_recipes.teachers.cache.identity import Identity, differences
 from kd_recipes.teachers.cache.record import NUM_FACTS, Kept, Layout, first_of_each, from_code
 from kd_recipes.teachers.cache.store import Entry, Store, positions_checksum
+from kd_recipes.teachers.limits import loss_problems, temperature_problems
 from kd_recipes.teachers.online import OnlineTeacher
-from kd_recipes.teachers.teacher import Surroundings, TeacherSource, own_divergence_problems
-
-
-def temperatures(cfg: DictConfig) -> set[float]:
-    """Those that the teacher's distribution is softened with in a distillation of this config."""
-    if cfg.teacher_temperature is not None:
-        return {float(cfg.teacher_temperature)}
-    value = cfg.temperature
-    ends = [value["start"], value["end"]] if isinstance(value, Mapping) else [value]
-    return {float(end) for end in ends}
+from kd_recipes.teachers.teacher import CacheableSource, Surroundings, TeacherSource
 
 
 def layout(identity: Identity) -> Layout:
@@ -55,10 +46,20 @@ class CachedTeacher(TeacherSource):
         encoding: what is kept of a distribution, for ``cache_teacher``: a section of a
             :class:`~kd_recipes.teachers.TopK` or :class:`~kd_recipes.teachers.RandomSampling`. A distillation takes
             what it finds; if this is given, it has to be the same.
+        source: what ``cache_teacher`` asks in the place of ``teacher_model``: a section of a
+            :class:`~kd_recipes.teachers.RemoteTeacher`. A distillation does not ask it.
     """
 
-    def __init__(self, path: str, encoding: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str, encoding: Mapping[str, Any] | None = None, source: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
+        self.source: CacheableSource | None = None
+        if source is not None:
+            self.source = within(".source", lambda: build(".source", DictConfig(source)))
+            if not isinstance(self.source, CacheableSource):
+                wanted = "a kd_recipes.teachers.RemoteTeacher"
+                raise ConfigError(Problem(".source", source.get("_component_"), wanted))
         self.encoding: Encoding | None = None
         if encoding is not None:
             self.encoding = within(".encoding", lambda: build(".encoding", DictConfig(encoding)))
@@ -76,30 +77,13 @@ class CachedTeacher(TeacherSource):
         if self.encoding is not None and self.encoding.settings() != dict(identity.encoding):
             wanted = f"that of the cache, {dict(identity.encoding)}"
             yield Problem(".encoding", self.encoding.settings(), wanted, "Leave it out, or make another cache")
-        yield from differences(identity, cfg, self.path)
-        yield from self._temperature_problems(cfg, identity)
-        yield from self._loss_problems(cfg)
+        yield from differences(identity, cfg, self.path, self.source.describe() if self.source else None)
+        yield from temperature_problems(cfg, identity.temperature, "at which the cache was made")
+        yield from loss_problems(cfg, is_drawn=self._layout.is_drawn)
         model = build_model("model", cfg.model, dtype=torch.bfloat16, device=torch.device("meta"))
         if (num_rows := _torchtune.model_size(model).num_rows) < identity.num_ids:
             wanted = f"a student with the {identity.num_ids} ids of the cache"
             yield Problem("model", f"{num_rows} rows", wanted, "Make the cache with this student in the config")
-
-    def _temperature_problems(self, cfg: DictConfig, identity: Identity) -> Iterator[Problem]:
-        wanted = f"{identity.temperature}, at which the cache was made, throughout"
-        key = "temperature" if cfg.teacher_temperature is None else "teacher_temperature"
-        if temperatures(cfg) != {identity.temperature}:
-            remedy = f"teacher_temperature={identity.temperature} lets the student's differ"
-            yield Problem(key, cfg[key], wanted, remedy)
-        health = cfg.health or {}
-        if health.get("action") == "raise_temperature" and cfg.teacher_temperature is None:
-            yield Problem("health.action", "raise_temperature", f"none that changes the teacher's {wanted}")
-
-    def _loss_problems(self, cfg: DictConfig) -> Iterator[Problem]:
-        yield from own_divergence_problems(cfg, "torchtune's need all of a teacher's logits")
-        kd_loss = build_divergence("kd_loss", cfg.kd_loss)
-        if isinstance(kd_loss, Divergence) and not kd_loss.is_estimable and self._layout.is_drawn:
-            wanted = "ForwardKL, which alone can be estimated from ids that were drawn"
-            yield Problem("kd_loss", type(kd_loss).__name__, wanted, "A cache of TopK takes the others")
 
     @property
     def _layout(self) -> Layout:
@@ -162,6 +146,10 @@ class Cache:
         """Which positions of a document are kept."""
         return self._layout.positions(self.store.read(entry))
 
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """As they are: reading takes no time worth mentioning."""
+        return iter(batches)
+
     def signal(self, batch: Batch) -> SparseSignal:
         """What the teacher has said of a batch.
 
@@ -221,8 +209,10 @@ class Cache:
             sum_n1 = torch.logaddexp(log_p_nK.logsumexp(-1), log_tail_n).unsqueeze(1)
             log_p_nK, log_tail_n = log_p_nK - sum_n1, log_tail_n - sum_n1[:, 0]
         likeliest_T = place(torch.from_numpy(kept.likeliest_n.astype(np.int64)))
-        facts_FT = place(torch.from_numpy(from_code(kept.facts_nF))).T
+        facts_nF = from_code(kept.facts_nF)
+        facts_FT = place(torch.from_numpy(np.where(np.isneginf(facts_nF), np.nan, facts_nF))).T
         exact = [Exact(likeliest_T, top_T, label_T, -minus_T) for top_T, label_T, minus_T in facts_FT.split(NUM_FACTS)]
         ids_TK = place(spread(kept.ids_M.astype(np.int64), 0))
-        rest = (place(log_tail_n), self._identity.temperature, weights_TK, exact[0], exact[-1])
+        known = exact[0] if self._identity.is_whole else None  # else the loss is told of the ids that are named
+        rest = (place(log_tail_n), self._identity.temperature, weights_TK, known, exact[-1])
         return SparseSignal(ids_TK, place(log_p_nK), *rest)
