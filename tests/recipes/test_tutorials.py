@@ -160,6 +160,7 @@ def quickstart_done(families: dict[str, Family], tmp_path_factory: pytest.TempPa
     return cwd
 
 
+@pytest.mark.timeout(900)  # a dozen recipes, each with models to load, perhaps beside other tests
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs(
     name: str, quickstart_done: Path, families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
