@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check bench clean
+.PHONY: help venv quickstart test check bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*##  *' '/^[a-z]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(VENV)/llama_cpp/bin/python -m pip install $(PIP_ARGS) 'llama-cpp-python[server]'
 	$(BIN)/python tests/benchmarks/remote_teacher.py $(VENV)/llama_cpp/bin/python
 
+docs: $(STAMP)  ## build the pages into site/, to be opened or served (python -m http.server -d site)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs/mkdocs.yml
+
 clean:  ## remove build products and caches; .venv and runs/ stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -73,8 +73,9 @@ class Key:
 
     @property
     def all_wanted(self) -> str:
-        """``wanted``, and the other form that the value may have."""
-        return f"{self.wanted}, or {_SCHEDULE}" if self.kind == "scheduled" else self.wanted
+        """``wanted``, or what the kind says; and the other form that the value may have."""
+        wanted = self.wanted or _KINDS[self.kind][1]
+        return f"{wanted}, or {_SCHEDULE}" if self.kind == "scheduled" else wanted
 
 
 def is_positive(value: float) -> bool:
