@@ -64,7 +64,7 @@ def servers(python: str) -> dict[str, Served]:
     shutil.rmtree(ROOT / "toy", ignore_errors=True)
     (ROOT / "toy").mkdir()
     toy = Served.toy(TEACHER, ROOT / "toy", max_logprobs=64)
-    return {"llama_cpp_python": Served(command, port, ROOT / "none", ROOT / "llama_cpp_python.log"), "vllm": toy}
+    return {"llama_cpp_python": Served(command, port, ROOT / "none", ROOT / "llama_cpp_server.log"), "vllm": toy}
 
 
 def distil(name: str, *overrides: str, config: str = CONFIG) -> list[dict[str, float]]:
