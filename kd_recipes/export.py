@@ -9,44 +9,49 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from kd_recipes.compression import read_checkpoint
+from kd_recipes.compression import read_checkpoint, sections
 from kd_recipes.compression.checkpoint import file_stamps
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, RunError, gather
 from kd_recipes.exporting.formats import FORMATS, Format
-from kd_recipes.exporting.probe import Answers, ProbeFailedError, ask, compare
-from kd_recipes.exporting.runtimes import Student
+from kd_recipes.exporting.probe import Answers, ProbeFailedError, Questions, ask, compare
+from kd_recipes.exporting.runtimes import Runtime, Student
 from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
-from kd_recipes.tokenizers import hf_tokenizer
+from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
 
 PROMPTS = (
-    "The Amazon rainforest is",
-    "A prime number is a natural number greater than 1 that",
-    "To make bread, you need flour, water and",
-    "In 1969 the first people",
+    "The Amazon rainforest is a moist broadleaf forest that covers most of the Amazon basin of South America. It is "
+    "home to more than",
+    "A prime number is a natural number greater than 1 that is not a product of two smaller natural numbers. For "
+    "example, 5 is prime because",
+    "To make bread, you need flour, water, salt and yeast. First, mix the flour and the salt in a large bowl. Then",
+    "In 1969 the first people walked on the Moon. The mission was called Apollo 11, and its commander was",
+    "def mean(values):\n    # The arithmetic mean of a list of numbers.\n    return",
+    "Question: What is the capital of France, and on which river does it lie?\nAnswer:",
 )
 _RECORD = "export.json"
 _HEAD = (
-    *("", "size, MB", "KL", "largest difference", "agreement", "same texts"),
+    *("", "size, MB", "KL", "largest difference", "agreement", "same texts", "same tokens"),
     *("load, s", "prefill", "decode", "peak, MB"),
 )
-_EXACT = {"hf", "hf_fp32", "gguf_f32", "torch_export", "aoti"}  # which hold the student's own numbers
-_MOST_KL = 0.01  # nats a token that programs which compute with the same numbers may be apart
 
 KEYS = (
     Key("recipe", "str", wanted="`export`"),
     Key("checkpoint_dir", "path", required=True, wanted="the Hugging Face directory of the student"),
     Key("output_dir", "path", required=True, wanted="a directory for the files"),
     Key("formats", "list", required=True, wanted=f"some of {', '.join(FORMATS)}"),
-    Key("prompts", "list", wanted="texts that student and files are asked; four sentences' beginnings by default"),
+    Key("prompts", "list", wanted="texts that student and files are asked; beginnings of six by default"),
     Key("num_new_tokens", "int", default=32, wanted="tokens of the greedy texts, above 1", check=lambda n: n > 1),
-    Key("max_seq_len", "int", default=2048, wanted="longest sequence that a graph takes, above 0", check=is_positive),
+    Key("num_prompt_tokens", "int", default=128, wanted="tokens of the text whose reading is timed", check=is_positive),
+    Key("max_seq_len", "int", default=2048, wanted="longest sequence of graphs and caches, above 0", check=is_positive),
 )
 
 
@@ -58,18 +63,18 @@ def main(cfg: DictConfig) -> None:
         RunError: a file that its program does not load, or that does not answer as the student does.
     """
     output_dir = Path(cfg.output_dir)
-    source, tokenizer, formats = gather(
+    source, tokenizer, formats, _ = gather(
         lambda: read_checkpoint(Path(cfg.checkpoint_dir)),
         lambda: hf_tokenizer(str(cfg.checkpoint_dir)),
         lambda: _formats(cfg.formats),
+        lambda: sections(Path(cfg.checkpoint_dir)),  # whether it is a model that there is a builder for
     )
     if problems := [problem for form in formats for problem in form.problems(source)]:
         raise ConfigError(*problems)
-    texts, num_new = list(cfg.prompts or PROMPTS), int(cfg.num_new_tokens)
-    made_of = {"stamps": file_stamps(source.directory), "prompts": texts, "num_new_tokens": num_new}
-    done = _done(output_dir, made_of)
     max_seq_len = min(int(cfg.max_seq_len), int(source.config["max_position_embeddings"]))
-    prompts = [tokenizer.encode(text, add_eos=False) for text in texts]
+    questions = _questions(cfg, tokenizer, max_seq_len)
+    made_of = {"stamps": file_stamps(source.directory), "max_seq_len": max_seq_len, **asdict(questions)}
+    done = _done(output_dir, made_of)
     student: Answers | None = None
     with explain_disk_errors(output_dir):
         for form in (progress := tqdm(formats, "export", unit="format")):
@@ -78,15 +83,28 @@ def main(cfg: DictConfig) -> None:
             if form.name in done and path.exists():
                 continue
             form.write(source, path, max_seq_len)
-            student = student or _ask(Student, source.directory, prompts, num_new, "student")
-            answers = _ask(form.runtime, path, prompts, num_new, form.name)
-            done[form.name] = _figures(form, path, student, answers, tokenizer.vocab_size)
-            done.setdefault("student", _cost(source.directory, student))
+            student = student or _ask(Student, source.directory, questions, "student")
+            answers = _ask(form.runtime, path, questions, form.name)
+            alike = compare(student, answers, tokenizer.vocab_size)
+            done[form.name] = {**asdict(alike), **_cost(path, answers)}
+            done["student"] = _cost(source.directory, student)
             write_json(output_dir / _RECORD, {"made_of": made_of, "formats": done})
     table = _table(done)
     (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     _require_alike(done)
+
+
+def _questions(cfg: DictConfig, tokenizer: HFTokenizer, max_seq_len: int) -> Questions:
+    texts, num_new = [str(text) for text in cfg.prompts or PROMPTS], int(cfg.num_new_tokens)
+    prompts = [tokenizer.encode(text, add_eos=False) for text in texts]
+    longest = max(map(len, prompts)) + num_new
+    if not all(prompts) or longest > max_seq_len:
+        wanted = f"texts of one token or more, which with num_new_tokens are at most {max_seq_len}"
+        raise ConfigError(Problem("prompts", f"{min(map(len, prompts))} to {longest - num_new} tokens", wanted))
+    num_long = min(int(cfg.num_prompt_tokens), max_seq_len - num_new)
+    long_prompt = list(islice(cycle(chain.from_iterable(prompts)), num_long))
+    return Questions(texts, prompts, long_prompt, num_new, torch.get_num_threads())
 
 
 def _formats(names: Sequence[str]) -> list[Format]:
@@ -106,15 +124,11 @@ def _done(output_dir: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found["formats"]) if found["made_of"] == json.loads(json.dumps(made_of)) else {}
 
 
-def _ask(runtime: Any, path: Path, prompts: Sequence[Sequence[int]], num_new: int, name: str) -> Answers:
+def _ask(runtime: type[Runtime], path: Path, questions: Questions, name: str) -> Answers:
     try:
-        return ask(runtime, path, prompts, num_new)
+        return ask(runtime, path, questions)
     except ProbeFailedError as error:
         raise RunError(f"{name}: {path} cannot be loaded by the program it is for: {error}") from error
-
-
-def _figures(form: Format, path: Path, student: Answers, answers: Answers, num_ids: int) -> dict[str, Any]:
-    return {**asdict(compare(student, answers, num_ids)), **_cost(path, answers)}
 
 
 def _cost(path: Path, answers: Answers) -> dict[str, Any]:
@@ -135,19 +149,25 @@ def _rows(done: Mapping[str, Any]) -> Iterator[str]:
         speeds = [
             f"{found[key] / reference[key]:.2f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
         ]
-        alike = ["", "", "", ""]
+        alike = [""] * 5
         if "kl" in found:
             texts = f"{found['same_continuations']} of {found['num_continuations']}"
-            alike = [f"{found['kl']:.2g}", f"{found['max_difference']:.2g}", f"{found['agreement']:.1%}", texts]
+            tokens = {True: "yes", False: "NO", None: ""}[found["same_tokens"]]
+            alike = [f"{found['kl']:.2g}", f"{found['max_difference']:.2g}", f"{found['agreement']:.1%}", texts, tokens]
         size, peak = (f"{found[key] / 1e6:.0f}" for key in ("num_bytes", "peak_memory_bytes"))
         yield "| " + " | ".join([name, size, *alike, f"{found['load_seconds']:.1f}", *speeds, peak]) + " |"
 
 
 def _require_alike(done: Mapping[str, Any]) -> None:
-    wrong = {name: found["kl"] for name, found in done.items() if name in _EXACT and not found["kl"] < _MOST_KL}
+    """Raise a RunError where a file is not the student's."""
+    files = {name: (FORMATS[name].most_kl, found) for name, found in done.items() if name in FORMATS}
+    wrong = [
+        f"{name} (KL {found['kl']:.2g})" for name, (most, found) in files.items() if most and not found["kl"] < most
+    ]
     if wrong:
-        said = ", ".join(f"{name} (KL {kl:.2g})" for name, kl in wrong.items())
-        raise RunError(f"these hold the student's numbers and do not answer as it does: {said}")
+        raise RunError(f"these hold the student's numbers and do not answer as it does: {', '.join(wrong)}")
+    if others := [name for name, (_, found) in files.items() if found["same_tokens"] is False]:
+        raise RunError(f"the tokenizers in these make other tokens of the prompts: {', '.join(others)}")
 
 
 if __name__ == "__main__":

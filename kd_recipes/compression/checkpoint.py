@@ -176,7 +176,7 @@ def write_checkpoint(
         _write_files(directory, tensors, max_file_bytes)
         write_json(directory / "config.json", compressed_config(config or source.config, ranks, schemes))
         write_json(directory / RECORD, {"steps": [*lineage(source.directory), *([] if record is None else [record])]})
-        _copy_companions(source.directory, directory)
+        copy_companions(source.directory, directory)
         with suppress(ConfigError):  # there may be no builder to name; transformers loads it all the same
             OmegaConf.save(sections(directory, destination_dir), directory / SECTIONS)
     return read_checkpoint(destination_dir)
@@ -290,7 +290,20 @@ def _write_files(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_fil
     write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _copy_companions(source: Path, destination: Path) -> None:
+def copy_model(source: Path, destination: Path) -> None:
+    """Copy what a dense model is loaded from: config.json, weights, tokenizer, chat template, generation settings.
+
+    Left out is what came of making it: ``compression.json``, ``model.yaml``, figures, adapters.
+    """
+    with atomic_directory(destination) as directory:
+        for path in (source / "config.json", source / _INDEX, *weight_files(source)):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+        copy_companions(source, directory)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():

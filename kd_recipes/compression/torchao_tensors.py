@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 
 from kd_recipes.compression.checkpoint import read_checkpoint
 from kd_recipes.compression.convert import quantized_weights
-from kd_recipes.lattices import Quantized
+from kd_recipes.lattices import Quantized, Scheme
 from kd_recipes.models import round_activations
 
 _PER_TOKEN = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
 
 
-def to_torchao(model: nn.Module, checkpoint_dir: Path) -> list[str]:
+def to_torchao(
+    model: nn.Module, checkpoint_dir: Path, *, takes: Callable[[Scheme], bool] = lambda scheme: True
+) -> list[str]:
     """Put torchao's quantized tensors in the place of a model's linear weights, with the codes of its checkpoint.
 
     Nothing is rounded again. Inputs are rounded by torchao then, where the scheme says so. Embeddings, heads that are
@@ -28,6 +31,7 @@ def to_torchao(model: nn.Module, checkpoint_dir: Path) -> list[str]:
     Args:
         model: as it was loaded from the checkpoint; changed in place.
         checkpoint_dir: what ``Quantization`` or a distillation with ``QuantizationAwareTraining`` has left.
+        takes: whether weights of a scheme are wanted so; others stay as they are, too.
 
     Returns:
         The names of the parameters that are torchao's now.
@@ -36,7 +40,7 @@ def to_torchao(model: nn.Module, checkpoint_dir: Path) -> list[str]:
     converted = []
     for name, quantized in quantized_weights(source):
         layer = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer, nn.Linear) or quantized.scheme.kind == "float8":
+        if not isinstance(layer, nn.Linear) or quantized.scheme.kind == "float8" or not takes(quantized.scheme):
             continue
         weight = as_torchao(quantized, layer.weight.dtype)
         layer.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.gguf_format.splitting import PRE_TOKENIZERS, byte_level_tokenizer
+from kd_recipes.tokenizers import hf_tokenizer
 
-_EOS = "tokenizer.ggml.eos_token_id"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
 # The name that llama.cpp calls a family by.
 _NAMES = {family: name for name, family in reversed(PRE_TOKENIZERS.items()) if name != "default"}
@@ -57,7 +57,7 @@ def tokenizer_metadata(directory: Path, num_rows: int) -> dict[str, Any]:
             "tokenizer.ggml.pre": _family_name(backend, model["vocab"], merges),
             "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
         }
-    return metadata | _special(directory, backend)
+    return metadata | _special(directory)
 
 
 def _tokens(backend: Tokenizer, num_rows: int) -> tuple[list[str], list[int]]:
@@ -90,6 +90,7 @@ def _sentencepiece(
 ) -> dict[str, Any]:
     """Scores in the order of the merges: of two that are possible, llama.cpp takes the one with the higher score."""
     ranks: dict[str, int] = {}
+    special: dict[str, Any] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
     for index, token in enumerate(tokens):
@@ -97,7 +98,9 @@ def _sentencepiece(
             types[index] = BYTE
         elif token == content["model"].get("unk_token"):
             types[index] = UNKNOWN
+            special["tokenizer.ggml.unknown_token_id"] = index
     return {
+        **special,
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": [-float(ranks.get(token, len(merges))) for token in tokens],
@@ -105,27 +108,20 @@ def _sentencepiece(
     }
 
 
-def _special(directory: Path, backend: Tokenizer) -> dict[str, Any]:
-    config = _read(directory / "tokenizer_config.json")
-    metadata: dict[str, Any] = {}
-    for ggml, name in {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}.items():
-        token = config.get(name)
-        text = token["content"] if isinstance(token, dict) else token
-        if text is not None and (index := backend.token_to_id(text)) is not None:
-            metadata[f"tokenizer.ggml.{ggml}_token_id"] = index
-    ends = _read(directory / "generation_config.json").get("eos_token_id")
-    others = [index for index in (ends if isinstance(ends, list) else []) if index != metadata.get(_EOS)]
-    if others:  # a turn's end beside a text's
-        metadata["tokenizer.ggml.eot_token_id"] = others[0]
-    begins = backend.encode("a").ids[:1] == [metadata.get("tokenizer.ggml.bos_token_id", -1)]
-    metadata["tokenizer.ggml.add_bos_token"] = begins
-    metadata["tokenizer.ggml.add_eos_token"] = bool(config.get("add_eos_token", False))
-    template = directory / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    if isinstance(text, str):
-        metadata["tokenizer.chat_template"] = text
+def _special(directory: Path) -> dict[str, Any]:
+    tokenizer = hf_tokenizer(str(directory))
+    others = [index for index in tokenizer.stop_tokens if index != tokenizer.eos_id]
+    named: dict[str, int | None] = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "eot": others[0] if others else None,  # a turn's end beside a text's; of further ones llama.cpp knows the names
+        "padding": tokenizer.pad_id,
+    }
+    metadata: dict[str, Any] = {
+        f"tokenizer.ggml.{name}_token_id": index for name, index in named.items() if index is not None
+    }
+    metadata["tokenizer.ggml.add_bos_token"] = tokenizer.add_bos_token
+    metadata["tokenizer.ggml.add_eos_token"] = False  # of a prompt, which is to go on
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template.source
     return metadata
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchtune.modules import TransformerDecoder
 
 from kd_recipes.compression import sections
 from kd_recipes.compression.checkpoint import HFCheckpoint
@@ -15,14 +16,19 @@ from kd_recipes.parts import load_model
 from kd_recipes.storage import atomic_file
 
 
+def load_student(source: HFCheckpoint) -> TransformerDecoder:
+    """torchtune's model with a checkpoint's numbers, in float32, for evaluation."""
+    found = sections(source.directory)
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    return load_model("checkpoint_dir", found.model, found.checkpointer, **settings).model.eval()
+
+
 def trace(source: HFCheckpoint, max_seq_len: int) -> torch.export.ExportedProgram:
     """A graph from ids ``[1, S]`` to logits ``[1, S, V]`` for any S from 2 to ``max_seq_len``, in float32.
 
     Codes on a lattice have become the numbers that they stand for; factors stay factors.
     """
-    found = sections(source.directory)
-    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    model = load_model("checkpoint_dir", found.model, found.checkpointer, **settings).model.eval()
+    model = load_student(source)
     length = torch.export.Dim("length", min=2, max=max_seq_len)
     example = torch.zeros(1, min(8, max_seq_len), dtype=torch.long)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,19 +26,40 @@ class Answers:
 
     Args:
         logits: of each prompt, ``[S, V]``.
+        encodings: the ids of each prompt's text by the file's own tokenizer; None where it has none.
         continuations: the greedy ids after each.
         load_seconds: until it could be asked, without importing the program.
-        prefill_tokens_per_second: of the longest prompt.
+        prefill_tokens_per_second: of a long text.
         decode_tokens_per_second: after it.
         peak_memory_bytes: of the process above what the imported program takes.
     """
 
     logits: list[Logits]
+    encodings: list[list[int]] | None
     continuations: list[list[int]]
     load_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What student and files are asked.
+
+    Args:
+        texts: of the prompts.
+        prompts: their ids.
+        long_prompt: ids of a text whose reading is timed, and what follows it.
+        num_new: tokens of a continuation.
+        num_threads: that each program computes with.
+    """
+
+    texts: list[str]
+    prompts: list[list[int]]
+    long_prompt: list[int]
+    num_new: int
+    num_threads: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class Likeness:
         agreement: share of positions with the same likeliest id.
         same_continuations: how many of the greedy continuations are the same from end to end.
         num_continuations: of how many.
+        same_tokens: whether its tokenizer makes the same ids of the prompts; None where it has none.
     """
 
     max_difference: float
@@ -58,32 +80,28 @@ class Likeness:
     agreement: float
     same_continuations: int
     num_continuations: int
+    same_tokens: bool | None
 
 
 class ProbeFailedError(RuntimeError):
     """The program could not load the file, or not compute with it."""
 
 
-def ask(runtime: type[Runtime], path: Path, prompts: Sequence[Sequence[int]], num_new: int) -> Answers:
+def ask(runtime: type[Runtime], path: Path, questions: Questions) -> Answers:
     """Load a file in a new process, and ask it.
 
     Raises:
         ProbeFailedError: with the last lines of what the process has said.
     """
     with TemporaryDirectory() as directory:
-        task = {
-            "runtime": runtime.__name__,
-            "path": str(path.absolute()),
-            "prompts": prompts,
-            "num_new": num_new,
-        }
+        task = {"runtime": runtime.__name__, "path": str(path.absolute()), "questions": asdict(questions)}
         Path(directory, "task.json").write_text(json.dumps(task), encoding="utf-8")
         command = [sys.executable, "-m", "kd_recipes.exporting.probe", directory]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise ProbeFailedError("\n".join(done.stderr.strip().splitlines()[-4:]))
+            raise ProbeFailedError("\n".join(done.stderr.strip().splitlines()[-4:]) or f"status {done.returncode}")
         found = json.loads(Path(directory, "answers.json").read_text(encoding="utf-8"))
-        logits = [np.load(Path(directory, f"{index}.npy")) for index in range(len(prompts))]
+        logits = [np.load(Path(directory, f"{index}.npy")) for index in range(len(questions.prompts))]
     return Answers(logits=logits, **found)
 
 
@@ -108,6 +126,7 @@ def compare(student: Answers, file: Answers, num_ids: int) -> Likeness:
         agreement=float(np.concatenate(agreements).mean()),
         same_continuations=sum(mine == theirs for mine, theirs in pairs),
         num_continuations=len(student.continuations),
+        same_tokens=None if file.encodings is None else file.encodings == student.encodings,
     )
 
 
@@ -122,34 +141,38 @@ def main(directory: Path) -> None:
     from kd_recipes.exporting import runtimes
 
     task = json.loads((directory / "task.json").read_text(encoding="utf-8"))
-    prompts, num_new = task["prompts"], task["num_new"]
+    questions = Questions(**task["questions"])
     kind = getattr(runtimes, task["runtime"])
     kind.prepare()
     before, start = _peak_bytes(), time.perf_counter()
-    runtime = kind(Path(task["path"]), max(map(len, prompts)) + num_new)
+    longest = max(map(len, [*questions.prompts, questions.long_prompt]))
+    runtime = kind(Path(task["path"]), longest + questions.num_new, questions.num_threads)
     loaded = time.perf_counter() - start
-    continuations = [list(islice(runtime.greedy(prompt), num_new)) for prompt in prompts]
-    prefill, decode = _speeds(runtime, max(prompts, key=len), num_new)
+    prefill, decode = _speeds(runtime, questions)
     peak = _peak_bytes() - before
-    for index, prompt in enumerate(prompts):
+    continuations = [list(islice(runtime.greedy(prompt), questions.num_new)) for prompt in questions.prompts]
+    for index, prompt in enumerate(questions.prompts):
         np.save(directory / f"{index}.npy", runtime.logits(prompt))
-    answers = Answers([], continuations, loaded, prefill, decode, peak)
+    encodings = [runtime.encode(text) for text in questions.texts]
+    answers = Answers([], None if None in encodings else encodings, continuations, loaded, prefill, decode, peak)
     found = {name: value for name, value in asdict(answers).items() if name != "logits"}
     (directory / "answers.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _speeds(runtime: Runtime, prompt: Sequence[int], num_new: int) -> tuple[float, float]:
+def _speeds(runtime: Runtime, questions: Questions) -> tuple[float, float]:
+    """Tokens a second of reading and of writing, after a short run that warms up."""
+    next(runtime.greedy(questions.prompts[0]))
     prefills, decodes = [], []
     for _ in range(runtime.num_timings):
         start = time.perf_counter()
-        new: Iterator[int] = runtime.greedy(prompt)
+        new: Iterator[int] = runtime.greedy(questions.long_prompt)
         next(new)
         prefills.append(time.perf_counter() - start)
         start = time.perf_counter()
-        for _ in islice(new, num_new - 1):
+        for _ in islice(new, questions.num_new - 1):
             pass
         decodes.append(time.perf_counter() - start)
-    return len(prompt) / min(prefills), (num_new - 1) / min(decodes)
+    return len(questions.long_prompt) / min(prefills), (questions.num_new - 1) / min(decodes)
 
 
 def _peak_bytes() -> int:

@@ -23,7 +23,7 @@ from kd_recipes.gguf_format.blocks import dequantize_q1_0, lay_out
 from kd_recipes.gguf_format.splitting import byte_level_tokenizer
 from kd_recipes.importing.gguf import import_gguf
 from kd_recipes.lattices import Scheme, quantize
-from toy import calibration, save_model, save_tokenizer
+from toy import SPECIAL_TOKENS, calibration, save_model, save_tokenizer
 
 SCALING = {
     "rope_type": "llama3",
@@ -138,12 +138,27 @@ def test_what_gguf_has_not_is_refused_before_anything_is_written(tmp_path: Path)
     ("family", "name"), [("gpt2", "gpt-2"), ("smollm", "smollm"), ("qwen2", "qwen2"), ("llama3", "llama-bpe")]
 )
 def test_the_way_text_is_split_is_found_by_splitting(tmp_path: Path, family: str, name: str) -> None:
+    save_tokenizer(tmp_path)  # for its settings
     trained = byte_level_tokenizer({}, [], family)
-    trainer = trainers.BpeTrainer(vocab_size=1200, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL_TOKENS[:1], show_progress=False)
     words = ["in 2024 we'll  read 1234567", "It's 3.14159\n\n\n  and  WE'LL", " def f(x):\n    return [x]\n\n"]
     trained.train_from_iterator(words * 40, trainer)
     trained.save(str(tmp_path / "tokenizer.json"))
     assert tokenizer_metadata(tmp_path, 1300)["tokenizer.ggml.pre"] == name
+
+
+def test_where_text_ends_is_what_generation_stops_at(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    templates = [{"name": name, "template": f"{{# {name} #}}"} for name in ("tool_use", "default")]
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+    metadata = tokenizer_metadata(source, 330)
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
+    assert ids == {"bos": None, "eos": 0, "eot": 2, "padding": 0}
+    assert metadata["tokenizer.chat_template"] == "{# default #}"
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert metadata["tokenizer.ggml.tokens"][325] == "[PAD325]"
 
 
 def test_another_way_to_split_text_is_refused(tmp_path: Path) -> None:

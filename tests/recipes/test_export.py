@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,8 +16,16 @@ import torch
 from kd_recipes.compression import LowRank, Quantization, read_checkpoint
 from kd_recipes.config import find_config
 from kd_recipes.entry import run_recipe
-from toy import Toys, calibration
+from toy import Toys, calibration, save_model, save_tokenizer
 
+needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 TUNE = Path(sys.executable).with_name("tune")
 TEXT = calibration([(torch.arange(3, 67)[None], None)])
 
@@ -35,48 +44,124 @@ def export(student: Path, output_dir: Path, formats: str) -> dict[str, Any]:
     return found
 
 
-def test_tune_runs_it(toys: Toys, tmp_path: Path) -> None:
-    command = [str(TUNE), "run", "kd_recipes.export", *words(toys.student, tmp_path / "out", "hf,torch_export")]
+@pytest.fixture(scope="module")
+def exported(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished export, and what it has printed."""
+    output_dir = tmp_path_factory.mktemp("exported") / "out"
+    command = [str(TUNE), "run", "kd_recipes.export", *words(toys.student, output_dir, "hf,torch_export")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "export.json").read_text())["formats"]
+    return output_dir, done.stdout
+
+
+def test_tune_runs_it(exported: tuple[Path, str]) -> None:
+    output_dir, said = exported
+    found = json.loads((output_dir / "export.json").read_text())["formats"]
     assert found.keys() == {"student", "hf", "torch_export"}
     for name in ("hf", "torch_export"):
         assert found[name]["kl"] < 1e-8
         assert found[name]["agreement"] == 1.0
         assert found[name]["same_continuations"] == 2
         assert found[name]["decode_tokens_per_second"] > 0
-    assert found["torch_export"]["num_bytes"] == (tmp_path / "out" / "model.pt2").stat().st_size
-    table = (tmp_path / "out" / "export.md").read_text()
-    assert table in done.stdout
+    assert found["torch_export"]["num_bytes"] == (output_dir / "model.pt2").stat().st_size
+    table = (output_dir / "export.md").read_text()
+    assert table in said
+    assert found["hf"]["same_tokens"] is True
+    assert found["torch_export"]["same_tokens"] is None
     assert [line.split(" |")[0] for line in table.splitlines()[2:]] == ["| student", "| hf", "| torch_export"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "export.md", "hf", "model.pt2"]
+    assert sorted(path.name for path in output_dir.iterdir()) == ["export.json", "export.md", "hf", "model.pt2"]
 
 
-def test_what_is_there_is_not_written_again(toys: Toys, tmp_path: Path) -> None:
-    export(toys.student, tmp_path / "out", "hf")
-    before = (tmp_path / "out" / "hf" / "model.safetensors").stat()
-    assert export(toys.student, tmp_path / "out", "hf,hf_fp16").keys() == {"student", "hf", "hf_fp16"}
-    assert (tmp_path / "out" / "hf" / "model.safetensors").stat().st_ino == before.st_ino
-    export(toys.teacher, tmp_path / "out", "hf")  # another student
-    assert (tmp_path / "out" / "hf" / "model.safetensors").stat().st_ino != before.st_ino
+def test_what_is_there_is_not_written_again(toys: Toys, exported: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(exported[0], tmp_path / "out")
+    before = (out / "hf" / "model.safetensors").stat().st_ino
+    assert export(toys.student, out, "hf,hf_fp16").keys() == {"student", "hf", "torch_export", "hf_fp16"}
+    assert (out / "hf" / "model.safetensors").stat().st_ino == before
+    assert export(toys.teacher, out, "hf").keys() == {"student", "hf"}  # another student
+    assert (out / "hf" / "model.safetensors").stat().st_ino != before
 
 
-def test_codes_and_factors_become_what_transformers_loads(toys: Toys, tmp_path: Path) -> None:
+def test_codes_and_factors_become_what_transformers_loads(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = read_checkpoint(toys.student)
     coded = Quantization("int4_g32", None, method="round").apply(source, tmp_path / "coded", TEXT)
-    assert export(coded.directory, tmp_path / "of_codes", "hf")["hf"]["kl"] < 1e-8
+    found = export(coded.directory, tmp_path / "of_codes", "hf")
+    assert found["hf"]["kl"] < 1e-8
     factored = LowRank(ratio=0.5, whiten=False, multiple_of=4).apply(source, tmp_path / "factored", TEXT)
-    found = export(factored.directory, tmp_path / "of_factors", "hf_fp32,torch_export")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    found = export(factored.directory, tmp_path / "of_factors", "hf_fp32,hf_factors,torch_export")
     assert found["hf_fp32"]["kl"] < 1e-8
+    assert found["hf_factors"]["kl"] < 1e-8
+    assert found["hf_factors"]["num_bytes"] < found["hf_fp32"]["num_bytes"]
     assert found["torch_export"]["kl"] < 1e-8
 
 
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@needs_llama_cpp
 def test_llama_cpp_answers_as_the_student_does(toys: Toys, tmp_path: Path) -> None:
-    found = export(toys.student, tmp_path / "out", "gguf_f32,gguf_q8_0,gguf_q4_k_m")
+    found = export(toys.student, tmp_path / "out", "gguf_f32,gguf_bf16,gguf_q8_0,gguf_q4_k_m")
     assert found["gguf_f32"]["kl"] < 1e-4
+    assert found["gguf_f32"]["agreement"] == 1.0
     assert found["gguf_q8_0"]["kl"] < 0.05
+    assert found["gguf_q8_0"]["num_bytes"] < found["gguf_bf16"]["num_bytes"] < found["gguf_f32"]["num_bytes"]
+    assert {found[name]["same_tokens"] for name in found if name != "student"} == {True}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("scheme", ["gguf_q8_0", "gguf_q4_0", "ternary_g256", "binary_g128"])
+def test_llama_cpp_computes_with_what_was_trained(toys: Toys, tmp_path: Path, scheme: str) -> None:
+    coded = Quantization(scheme, "gguf_q8_0", method="round")
+    source = coded.apply(read_checkpoint(toys.wide), tmp_path / "coded", TEXT)
+    found = export(source.directory, tmp_path / "out", "gguf_trained,gguf_f32")
+    assert found["gguf_f32"]["kl"] < 1e-4
+    assert found["gguf_trained"]["kl"] < 0.05  # it rounds what comes into a layer
+    assert found["gguf_trained"]["agreement"] > 0.7
+    assert found["gguf_trained"]["num_bytes"] < found["gguf_f32"]["num_bytes"] / 2
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"head_dim": 24, "tie_word_embeddings": False}),  # pruned heads: written as a Llama with biases
+        ("llama", {"head_dim": 24}),
+        ("llama", {"rope_scaling": LLAMA3_ROPE, "max_position_embeddings": 16_384}),
+    ],
+)
+def test_llama_cpp_has_the_same_architecture(tmp_path: Path, model_type: str, settings: dict[str, Any]) -> None:
+    save_model(tmp_path / "model", model_type, **settings)
+    save_tokenizer(tmp_path / "model")
+    assert export(tmp_path / "model", tmp_path / "out", "gguf_f32")["gguf_f32"]["kl"] < 1e-4
+
+
+@pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+def test_executorch_answers_as_the_student_does(toys: Toys, tmp_path: Path) -> None:
+    found = export(toys.student, tmp_path / "out", "executorch_fp32,executorch_8da4w")
+    assert found["executorch_fp32"]["kl"] < 1e-6
+    assert found["executorch_fp32"]["same_continuations"] == 2
+    assert found["executorch_8da4w"]["num_bytes"] < found["executorch_fp32"]["num_bytes"] / 2
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_answers_as_the_student_does(toys: Toys, tmp_path: Path) -> None:
+    assert export(toys.student, tmp_path / "out", "aoti")["aoti"]["kl"] < 1e-8
+
+
+def test_what_is_not_installed_is_said_with_the_commands_that_install_it(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kd_recipes.exporting.formats.find_spec", lambda name: None)
+    assert run_recipe("export", words(toys.student, tmp_path / "out", "gguf_f16,executorch_8da4w")) == 2
+    said = capfd.readouterr().err
+    assert "formats: got 'gguf_f16', wanted the package llama_cpp. pip install llama-cpp-python" in said
+    assert "pip install --no-deps executorch==" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_do_not_fit_are_refused(toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe("export", words(toys.student, tmp_path / "out", "hf", "max_seq_len=10")) == 2
+    assert "which with num_new_tokens are at most 10" in capfd.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(
