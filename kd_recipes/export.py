@@ -22,7 +22,7 @@ from kd_recipes.errors import ConfigError, Problem, RunError, gather
 from kd_recipes.exporting.formats import FORMATS, Format
 from kd_recipes.exporting.probe import Answers, ProbeFailedError, ask, compare
 from kd_recipes.exporting.runtimes import Student
-from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
+from kd_recipes.storage import atomic_file, explain_disk_errors, require_vacant, write_json
 from kd_recipes.tokenizers import hf_tokenizer
 
 PROMPTS = (
@@ -72,6 +72,7 @@ def main(cfg: DictConfig) -> None:
     prompts = [tokenizer.encode(text, add_eos=False) for text in texts]
     student: Answers | None = None
     with explain_disk_errors(output_dir):
+        _save(output_dir, made_of, done)  # so that what a first format has begun is known to be ours
         for form in (progress := tqdm(formats, "export", unit="format")):
             progress.set_postfix_str(form.name)
             path = output_dir / form.path
@@ -82,7 +83,7 @@ def main(cfg: DictConfig) -> None:
             answers = _ask(form.runtime, path, prompts, num_new, form.name)
             done[form.name] = _figures(form, path, student, answers, tokenizer.vocab_size)
             done.setdefault("student", _cost(source.directory, student))
-            write_json(output_dir / _RECORD, {"made_of": made_of, "formats": done})
+            _save(output_dir, made_of, done)
     table = _table(done)
     (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")
     print(table)
@@ -104,6 +105,11 @@ def _done(output_dir: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     found = json.loads(record.read_text(encoding="utf-8"))
     return dict(found["formats"]) if found["made_of"] == json.loads(json.dumps(made_of)) else {}
+
+
+def _save(output_dir: Path, made_of: Mapping[str, Any], done: Mapping[str, Any]) -> None:
+    with atomic_file(output_dir / _RECORD) as new:
+        write_json(new, {"made_of": made_of, "formats": done})
 
 
 def _ask(runtime: Any, path: Path, prompts: Sequence[Sequence[int]], num_new: int, name: str) -> Answers:

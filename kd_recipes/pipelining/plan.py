@@ -15,7 +15,7 @@ from kd_recipes import _torchtune, entry
 from kd_recipes.compression import sections
 from kd_recipes.config import Key, configured, load, validate, without_environment
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.parts import CHECKPOINTERS
+from kd_recipes.parts import CHECKPOINTERS, find_device
 from kd_recipes.pipelining.references import Surroundings, leaves
 from kd_recipes.trust import for_other_processes
 
@@ -154,11 +154,13 @@ class Plan:
         directory: of the pipeline.
         steps: those to run, in order.
         left_out: names of those that are not to.
+        given: by name, what is there already.
     """
 
     directory: Path
     steps: Sequence[Step]
     left_out: Sequence[str]
+    given: Mapping[str, Path]
 
 
 def build_plan(cfg: DictConfig) -> Plan:
@@ -192,7 +194,8 @@ def build_plan(cfg: DictConfig) -> Plan:
         problems.append(Problem("steps", list(sections), "at least one step that is not left out"))
     if problems:
         raise ConfigError(*problems)
-    return Plan(Path(cfg.output_dir), steps, left_out)
+    given = {name: places[name] for name, section in sections.items() if isinstance(section, str)}
+    return Plan(Path(cfg.output_dir), steps, left_out, given)
 
 
 def _is_left_out(section: Any) -> bool:
@@ -229,7 +232,8 @@ def _build(name: str, section: Mapping[str, Any], directory: Path, within: Surro
     where = f"steps.{name}"
     try:
         base = load(section["config"]) if section.get("config") else DictConfig({})
-        recipe = entry.choose_recipe(section.get("recipe"), base)
+        # a distillation's config may serve another recipe, whatever it says of itself
+        recipe = entry.choose_recipe(None, DictConfig({"recipe": section.get("recipe") or base.get("recipe")}))
     except ConfigError as error:
         renamed = ({"--config": "config", "recipe": "recipe"}.get(p.key, f"config: {p.key}") for p in error.problems)
         problems = zip(error.problems, renamed, strict=True)
@@ -250,19 +254,29 @@ def _build(name: str, section: Mapping[str, Any], directory: Path, within: Surro
 
 
 def check_inputs(plan: Plan) -> None:
-    """Look for the files that steps name, and that no step before them makes.
+    """Look for the devices and files that steps name, and that no step before them makes.
 
     Raises:
         ConfigError: with all that are missing.
     """
-    problems: list[Problem] = []
+    problems = [
+        Problem(f"steps.{name}", str(path), "the path of what is there")
+        for name, path in plan.given.items()
+        if not path.exists()
+    ]
+    known = list(plan.given.values())
     for step in plan.steps:
-        content: Any = OmegaConf.to_container(step.config(), resolve=True)
-        own = [other.directory for other in plan.steps[: plan.steps.index(step)]]
+        cfg, where = step.config(), f"steps.{step.name}.with"
+        content: Any = OmegaConf.to_container(cfg, resolve=True)
         for key, path in _read_paths(content):
-            if not path.exists() and not any(path.is_relative_to(directory) for directory in own):
-                where = f"steps.{step.name}.with.{key}"
-                problems.append(Problem(where, str(path), "what is there, or what a step before this one makes"))
+            if not path.exists() and not any(path.is_relative_to(directory) for directory in known):
+                problems.append(Problem(f"{where}.{key}", str(path), "what is there, or what a step before it makes"))
+        known.append(step.directory)
+        if cfg.get("device") is not None:
+            try:
+                find_device(f"{where}.device", cfg.device)
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(*problems)
 

@@ -117,6 +117,8 @@ class Runner:
         """Put away what is there of another run; returns whether what is there is this one's, cut off."""
         record, directory = self._records.get(step.name), step.directory
         if record is not None and record.key == key and not record.is_done:
+            if directory.is_dir() and all(path.name.startswith(".") for path in directory.iterdir()):
+                shutil.rmtree(directory)  # files that were not whole yet, for which some recipes would refuse it
             return True
         if not directory.exists() or (record is not None and adds_to and record.adds_to == adds_to):
             return False
