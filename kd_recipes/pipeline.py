@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         try:
             runner.run()
         finally:
-            summary = summarize(plan, records, runner.skipped)
+            summary = summarize(plan, records, runner.found)
             print(write_page(directory, summary, stylesheet()))
 
 

@@ -86,7 +86,7 @@ def step_key(recipe: str, config: Mapping[str, Any], directory: Path, contents: 
         contents: of files.
     """
     seen = _LOOKED_AT.get(recipe, config)
-    asked = {name: _content(value, directory, contents) for name, value in config.items() if name in seen}
+    asked = _content({name: value for name, value in config.items() if name in seen}, directory, contents)
     described = json.dumps([__version__, recipe, asked], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 

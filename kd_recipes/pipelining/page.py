@@ -75,7 +75,8 @@ def _blocks(text: str) -> Iterator[Markup]:
 
 def _table(lines: Sequence[str]) -> Markup:
     head, _, *body = ([cell.strip() for cell in _PIPE.split(line)[1:-1]] for line in lines)
-    top = Markup("").join(Markup('<th scope="col">{}</th>').format(_inline(cell)) for cell in head)
+    top = Markup('<th scope="col" class="label">{}</th>').format(_inline(head[0]))
+    top += Markup("").join(Markup('<th scope="col">{}</th>').format(_inline(cell)) for cell in head[1:])
     rows = Markup("\n").join(Markup("<tr>{}</tr>").format(_cells(cells)) for cells in body)
     table = Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(top, rows)
     return Markup('<div class="scroll" tabindex="0">{}</div>').format(table)

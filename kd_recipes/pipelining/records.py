@@ -25,7 +25,8 @@ class Record:
         is_done: whether it has come to its end.
         seconds: that its attempts took, but for those that were killed.
         finished: when it came to its end.
-        result: SHA-256 of what others take of it, by file.
+        place: what others take of it, in its directory.
+        result: SHA-256 of that, by file.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Record:
     is_done: bool = False
     seconds: float = 0.0
     finished: str = ""
+    place: str = "."
     result: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -74,10 +76,11 @@ class Records:
         old = self._records[name]
         self._put(name, replace(old, seconds=round(old.seconds + seconds, 1)))
 
-    def finish(self, name: str, result: Mapping[str, str]) -> None:
+    def finish(self, name: str, place: str, result: Mapping[str, str]) -> None:
         """A step has come to its end."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._put(name, replace(self._records[name], is_done=True, finished=now, result=dict(result)))
+        record = replace(self._records[name], is_done=True, finished=now, place=place, result=dict(result))
+        self._put(name, record)
 
     def _put(self, name: str, record: Record) -> None:
         self._records[name] = record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ class Runner:
     def __init__(self, plan: Plan, records: Records, *, keeps_old: bool) -> None:
         self._plan, self._records, self._keeps_old = plan, records, keeps_old
         self._contents = Contents(plan.directory / _HASHES)
-        self.skipped: list[str] = []
+        self.found: dict[str, str] = {}  # what has become of each step so far: unchanged, or done
 
     def run(self) -> None:
         """Run what is to be run.
@@ -85,7 +86,7 @@ class Runner:
         adds_to = step_key(step.recipe, same, step.directory, self._contents) if same else ""
         place = step.place(cfg)
         if self._is_done(step, key, place):
-            self.skipped.append(step.name)
+            self.found[step.name] = "unchanged"
             print(f"{head}: nothing has changed since it was made: {place}", flush=True)
             return
         goes_on = self._make_room(step, key, adds_to, head)
@@ -100,7 +101,8 @@ class Runner:
             self._follow(step, file, stop)
         if not place.exists():
             raise RunError(f"step `{step.name}` has come to its end, and left no {place}: is its `result` right?")
-        self._records.finish(step.name, self._contents.of(place))
+        self._records.finish(step.name, os.path.relpath(place, step.directory), self._contents.of(place))
+        self.found[step.name] = "done"
         print(f"{head}: done in {time.monotonic() - begun:.0f} s: {place}", flush=True)
 
     def _file(self, step: Step) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Row:
     Args:
         name: of the step.
         recipe: its name; empty where it was left out.
-        status: done, unchanged, cut off, not begun, or left out.
+        status: done, unchanged, cut off, not begun, or left out; earlier, where the pipeline did not get so far again.
         seconds: that it took.
         num_bytes: of what others take of it.
         said: its figures, in words.
@@ -55,27 +55,26 @@ class Row:
         return self.name, self.recipe, self.status, time, size, self.said
 
 
-def summarize(plan: Plan, records: Records, skipped: Collection[str]) -> Sequence[Row]:
+def summarize(plan: Plan, records: Records, found: Mapping[str, str]) -> Sequence[Row]:
     """A row for each step, in order; those that were left out come last.
 
     Args:
         plan: the pipeline.
         records: of its steps.
-        skipped: names of those that were not run, as nothing had changed.
+        found: what has become of those that the pipeline got to.
     """
-    rows = [_row(plan, step, records.get(step.name), step.name in skipped) for step in plan.steps]
+    rows = [_row(plan, step, records.get(step.name), found.get(step.name, "earlier")) for step in plan.steps]
     return [*rows, *(Row(name) for name in plan.left_out)]
 
 
-def _row(plan: Plan, step: Step, record: Record | None, is_skipped: bool) -> Row:
+def _row(plan: Plan, step: Step, record: Record | None, status: str) -> Row:
     if record is None:
         return Row(step.name, step.recipe, "not begun")
-    status = "unchanged" if is_skipped else "done" if record.is_done else "cut off"
     config = plan.directory / CONFIGS / f"{step.name}.yaml"
     written = config.read_text(encoding="utf-8") if config.is_file() else ""
     if not record.is_done:
-        return Row(step.name, step.recipe, status, record.seconds, config=written, record=record)
-    place = step.place(step.config())
+        return Row(step.name, step.recipe, "cut off", record.seconds, config=written, record=record)
+    place = step.directory / record.place
     text = next((file for name in _TEXTS if (file := step.directory / name).is_file()), None)
     page = next((name for name in _PAGES if (step.directory / name).is_file()), "")
     return Row(
