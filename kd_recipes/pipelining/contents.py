@@ -40,7 +40,7 @@ class Contents:
             self._known = {}
 
     def of(self, path: Path) -> dict[str, str]:
-        """Of a file, or of all files in a directory but hidden ones, by their names there."""
+        """Of a file, whatever its name, or of all files in a directory but hidden ones, by their names there."""
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _counts(file, path))
         unread = [file for file in files if self._known.get(str(file.absolute()), [None])[:2] != _stamp(file)]
         if unread:
@@ -49,8 +49,7 @@ class Contents:
                     self._known[str(file.absolute())] = [*_stamp(file), _sha256(file)]
                     bar.update(file.stat().st_size)
             self._save()
-        root = path.parent if path.is_file() else path
-        return {file.relative_to(root).as_posix(): self._known[str(file.absolute())][2] for file in files}
+        return {file.relative_to(path).as_posix(): self._known[str(file.absolute())][2] for file in files}
 
     def _save(self) -> None:
         self._known = {name: entry for name, entry in self._known.items() if os.path.exists(name)}

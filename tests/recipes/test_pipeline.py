@@ -75,7 +75,7 @@ def test_every_step_is_a_directory_with_its_config_and_a_line_in_one_report(conf
     assert '<a href="evaluation/report.html">' in page
     for text in ("torch_export", "Greedy continuations", "perplexity ", "num_blocks: 2", record["pruned"]["key"]):
         assert text in page
-    assert "http" not in page.replace("https://www.w3.org", "")
+    assert "http" not in page.replace("http-equiv", "")
     rows = [line.split(" | ")[:3] for line in (out / "report.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:8] == [[f"| {name}", record[name]["recipe"], "done"] for name in names]
 
@@ -298,8 +298,8 @@ def test_code_that_is_not_trusted_is_not_imported(
     distillation = OmegaConf.load(config.parent / "distill.yaml")
     distillation.optimizer._component_ = "antigravity.fly"
     OmegaConf.save(distillation, tmp_path / "bad.yaml")
-    config = f"steps.distilled.config={tmp_path / 'bad.yaml'}"
-    assert run(["--config", str(config), f"output_dir={tmp_path / 'new'}"], config) == EXIT_BAD_INPUT
+    words = ["--config", str(config), f"output_dir={tmp_path / 'new'}"]
+    assert run(words, f"steps.distilled.config={tmp_path / 'bad.yaml'}") == EXIT_BAD_INPUT
     error = capfd.readouterr().err
     assert "steps.distilled.config: optimizer._component_: got 'antigravity.fly'" in error
     assert "put the package into the environment's KD_RECIPES_TRUSTED_COMPONENTS" in error
