@@ -132,7 +132,11 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
 
 def _validate(file: str, overrides: Sequence[str], recipe: str | None, *, trusts_all: bool) -> int:
     try:
-        load_and_validate(file, list(overrides), recipe, trusts_all=trusts_all)
+        cfg = load_and_validate(file, list(overrides), recipe, trusts_all=trusts_all)
+        if "pipeline" in (recipe, cfg.get("recipe")):  # which names other configs
+            from kd_recipes.pipelining.plan import build_plan
+
+            build_plan(cfg)
     except ConfigError as error:
         count = len(error.problems)
         return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")

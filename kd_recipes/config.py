@@ -183,6 +183,28 @@ def load_and_validate(
     return validate(cfg, entry.recipe_module(entry.choose_recipe(recipe, cfg)).KEYS)
 
 
+def configured(base: DictConfig, values: Mapping[str, Any], *, merges: bool = False) -> DictConfig:
+    """A copy of a config with other values at some dotted keys.
+
+    Args:
+        base: the config.
+        values: by key.
+        merges: whether a section among them is merged with the config's, unless it names a component: then, or by
+            default, it takes its place.
+
+    Raises:
+        ConfigError: a key that leads nowhere, such as an index past the end of a list.
+    """
+    cfg = base.copy()
+    for key, value in values.items():
+        is_merged = merges and isinstance(value, Mapping) and "_component_" not in value
+        try:
+            OmegaConf.update(cfg, key, value, merge=is_merged, force_add=True)
+        except (LookupError, ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+            raise ConfigError(Problem(key, value, "a key of the config", one_line(error))) from error
+    return cfg
+
+
 def validate(cfg: DictConfig, keys: Sequence[Key]) -> DictConfig:
     """Check a config against a recipe's keys and fill in the defaults.
 

@@ -21,7 +21,17 @@ from omegaconf import DictConfig
 from kd_recipes.config import Key, hide_environment, load, validate
 from kd_recipes.errors import ConfigError, Problem, RunError
 
-RECIPES = ("cache_teacher", "compress", "correct_teacher", "distill", "evaluate", "export", "import_gguf", "sweep")
+RECIPES = (
+    "cache_teacher",
+    "compress",
+    "correct_teacher",
+    "distill",
+    "evaluate",
+    "export",
+    "import_gguf",
+    "pipeline",
+    "sweep",
+)
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2

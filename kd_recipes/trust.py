@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,13 @@ def trust_problems(
         made_in = [*packages, *_TRAINING] if "torchtune.training" in packages else packages
         if not _is_within(module, [package for package in made_in if package != "torchtune.training"]):
             yield Problem(path, f"{name}, which is of {module or 'no module'}", wanted, remedy)
+
+
+def for_other_processes(problem: Problem) -> Problem:
+    """The same, where a recipe starts others, which have to trust what it trusts: they see its environment."""
+    if "trusted_components" not in problem.remedy:
+        return problem
+    return replace(problem, remedy=f"If you trust it, put the package into the environment's {VARIABLE}")
 
 
 def _is_within(name: str, packages: Collection[str]) -> bool:

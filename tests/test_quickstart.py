@@ -10,6 +10,7 @@ import pytest
 
 from kd_recipes import quickstart
 from kd_recipes.config import load_and_validate
+from kd_recipes.pipelining.plan import build_plan
 from kd_recipes.quickstart import Archive, fetch, write_text
 
 
@@ -51,17 +52,29 @@ def test_what_is_there_is_not_downloaded_again(tmp_path: Path) -> None:
     assert fetch(Archive("no-such-thing==1", "", "", "a/b"), tmp_path) == tmp_path / "b"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "config", "overrides"),
-    [
-        (*words[:2], words[2:])
-        for words in (
-            quickstart._import_command(Path("a.gguf"), Path("teacher")),
-            ["compress", "prune_depth"],
-            quickstart._distil_command(Path("nowhere")),
-            ["evaluate", "quickstart_evaluate"],
-        )
-    ],
-)
-def test_its_steps_are_valid(recipe: str, config: str, overrides: list[str]) -> None:
-    load_and_validate(config, overrides, recipe)
+def test_its_pipeline_is_valid_and_begins_with_what_is_fetched() -> None:
+    plan = build_plan(load_and_validate(quickstart.CONFIG))
+    assert [(step.name, step.recipe) for step in plan.steps] == [
+        ("teacher", "import_gguf"),
+        ("pruned", "compress"),
+        ("distilled", "distill"),
+        ("evaluation", "evaluate"),
+    ]
+    assert plan.left_out == ["exported"]
+    downloads = Path("runs/quickstart/downloads")
+    assert Path(plan.steps[0].config().gguf_file) == downloads / Path(quickstart.MODEL.member).name
+
+
+def test_each_of_its_steps_runs_by_itself_on_what_the_pipeline_leaves() -> None:
+    steps = {step.name: step.config() for step in build_plan(load_and_validate(quickstart.CONFIG)).steps}
+    alone = {
+        "pruned": load_and_validate("prune_depth"),
+        "distilled": load_and_validate("quickstart"),
+        "evaluation": load_and_validate("quickstart_evaluate"),
+    }
+    for name, config in alone.items():
+        differing = {key for key, value in config.items() if steps[name][key] != value}
+        # models and their files are taken from what pruning has left
+        assert differing <= {"recipe", "resume_from_checkpoint", "model", "checkpointer", "teacher_model"} | {
+            "teacher_checkpointer"
+        }

@@ -12,11 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes import entry
-from kd_recipes.config import load, load_and_validate
+from kd_recipes.config import configured, load, load_and_validate
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.searching.records import Metric
-from kd_recipes.searching.space import Dimension, build_space, configured, own_value
-from kd_recipes.trust import VARIABLE
+from kd_recipes.searching.space import Dimension, build_space, own_value
+from kd_recipes.trust import for_other_processes
 
 _FILE = "plan.json"
 _OURS = ("recipe", "output_dir", "resume_from_checkpoint", "best_metric")  # which each trial is given
@@ -166,8 +166,7 @@ def _load_base(config: str, overrides: Mapping[str, Any] | Sequence[str]) -> Dic
 
 def _in_a_sweep(problem: Problem) -> Problem:
     """What is said of a config on the command line, in the terms of a search that names it."""
-    if _TRUSTED in problem.remedy:  # which each trial has to know, too
-        return replace(problem, remedy=f"If you trust it, put the package into the environment's {VARIABLE}")
+    problem = for_other_processes(problem)
     return replace(problem, key="config") if problem.key == "--config" else problem
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from kd_recipes.errors import RunError
 from kd_recipes.history import History
+from kd_recipes.processes import Stopped, StopRequest
 from kd_recipes.searching.plan import Plan
 from kd_recipes.searching.records import Record, best, shown
 from kd_recipes.searching.study import Search
-from kd_recipes.searching.trials import CONFIG, StopRequest, end_leftover, follow, start, why_failed
+from kd_recipes.searching.trials import CONFIG, end_leftover, follow, start, why_failed
 
 _MAX_FAILURES = 3  # one after the other: it is not the values then
 
@@ -38,18 +38,6 @@ class Budget:
     num_processes: int
 
 
-class SweepInterrupted(RunError):
-    """The search was asked to end; it is in its directory, to go on from.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}; the same command goes on from here")
-        self.exit_status = 128 + number  # as a shell says it
-
-
 class Runner:
     """Runs a search.
 
@@ -67,7 +55,7 @@ class Runner:
         """Go on until the budget is used up.
 
         Raises:
-            SweepInterrupted: a signal came; the trial that it came in has saved itself.
+            Stopped: a signal came; the trial that it came in has saved itself.
             RunError: several trials in a row have failed.
         """
         for directory in self._search.resume(self._budget.num_trials):
@@ -99,13 +87,13 @@ class Runner:
         progress.set_postfix(trial=directory.name, best=shown(leader.metric) if leader else "none yet")
         status, is_pruned = self._follow(trial, directory, stop)
         if stop.count and status != 0 and not is_pruned:  # for the study it still runs, and will have been cut off
-            raise SweepInterrupted(stop.number)
+            raise Stopped(stop.number)
         message = "" if status == 0 or is_pruned else why_failed(directory, status)
         record = self._search.tell(trial, is_pruned=is_pruned, message=message)
         said = f" {self._plan.metric.name} {shown(record.metric)}" if record.metric is not None else ""
         tqdm.write(f"trial {record.name}: {record.status}{said} {record.message}".rstrip())
         if stop.count:
-            raise SweepInterrupted(stop.number)
+            raise Stopped(stop.number)
         return record
 
     def _follow(self, trial: Trial, directory: Path, stop: StopRequest) -> tuple[int, bool]:

@@ -176,18 +176,3 @@ def own_value(base: DictConfig, key: str) -> Any:
     """What a config has at a dotted key; None where it has nothing."""
     value = OmegaConf.select(base, key, default=None)
     return OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
-
-
-def configured(base: DictConfig, values: Mapping[str, Any]) -> DictConfig:
-    """A copy of a config with other values at some dotted keys; sections are replaced, not merged.
-
-    Raises:
-        ConfigError: a key that leads nowhere, such as an index past the end of a list.
-    """
-    cfg = base.copy()
-    for key, value in values.items():
-        try:
-            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(Problem(key, value, "a key of the config", one_line(error))) from error
-    return cfg

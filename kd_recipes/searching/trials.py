@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
 
-import psutil
-
+from kd_recipes import processes
 from kd_recipes.history import Entry, History
+from kd_recipes.processes import StopRequest
 
 CONFIG = "config.yaml"
 LOG = "log.txt"
 _SECONDS_BETWEEN_LOOKS = 0.3
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopRequest:
-    """While it is entered, a SIGTERM or SIGINT is remembered instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.count, self.number = 0, 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.count, self.number = self.count + 1, number
 
 
 def start(directory: Path, num_processes: int) -> subprocess.Popen[bytes]:
@@ -49,14 +24,8 @@ def start(directory: Path, num_processes: int) -> subprocess.Popen[bytes]:
         directory: of the trial.
         num_processes: on this machine, that torchrun starts; 1 does without.
     """
-    tune = Path(sys.executable).with_name("tune")
-    torchrun = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
-    command = [str(tune), "run", *torchrun, "kd_recipes/distill", "--config", str((directory / CONFIG).resolve())]
     with (directory / LOG).open("wb") as log:  # what an attempt that was cut off had said would be taken for its own
-        # in a session of its own: a terminal's Ctrl-C is for the search alone, which then asks the trial to end
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return processes.start("distill", directory / CONFIG, num_processes, output=log)
 
 
 def follow(
@@ -106,14 +75,5 @@ def why_failed(directory: Path, status: int) -> str:
 
 
 def end_leftover(directory: Path) -> None:
-    """End the processes of a trial that outlived the search that had started it: two of one trial would mix."""
-    config = str((directory / CONFIG).resolve())
-    left = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.pid != os.getpid() and config in (process.info["cmdline"] or [])
-    ]
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    psutil.wait_procs(left)
+    """End the processes of a trial that outlived the search that had started it."""
+    processes.end_leftover(directory / CONFIG)

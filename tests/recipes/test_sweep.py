@@ -20,12 +20,13 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from kd_recipes.config import configured
 from kd_recipes.entry import EXIT_BAD_INPUT, EXIT_STOPPED, run_recipe
 from kd_recipes.errors import ConfigError
 from kd_recipes.history import History
 from kd_recipes.searching.page import html
 from kd_recipes.searching.records import Metric, markdown
-from kd_recipes.searching.space import build_space, configured
+from kd_recipes.searching.space import build_space
 from kd_recipes.searching.strategy import Strategy
 from kd_recipes.searching.study import Search
 from kd_recipes.searching.trials import CONFIG, LOG, end_leftover, why_failed

@@ -45,7 +45,7 @@ def to_html(evaluation: Evaluation) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     leader = leader_of(evaluation)
     return environment.from_string(_read("report.html.jinja")).render(
-        css=Markup(_read("report.css")),
+        css=Markup(stylesheet()),
         evaluation=evaluation,
         subject=_subject(evaluation),
         verdict=verdict(evaluation),
@@ -61,6 +61,11 @@ def to_html(evaluation: Evaluation) -> str:
         made_by=_made_by(evaluation),
         **_pictures(evaluation),
     )
+
+
+def stylesheet() -> str:
+    """What the page looks like, for other pages that are to look like it."""
+    return _read("report.css")
 
 
 def _read(name: str) -> str:
