@@ -1,8 +1,8 @@
 """Fine-tune a teacher on the text that it is to teach, before a student learns from it: see docs/teachers.md.
 
 Takes the config of the distillation: adapters on `teacher_model` are trained on the labels of `dataset`, with what
-`correction` says in the place of the distillation's settings. Leaves the merged teacher in `best/` of its output_dir,
-for `teacher_checkpointer.checkpoint_dir`, and says how much better it is on `eval_dataset`.
+`correction` says in the place of the distillation's settings. Leaves the merged teacher in `best/` of its output_dir
+(`teacher` in the distillation's by default), for `teacher_checkpointer.checkpoint_dir`, and says how much better it is on `eval_dataset`.
 """
 
 from __future__ import annotations
@@ -99,9 +99,11 @@ def fine_tuning(cfg: DictConfig) -> DictConfig:
     """The config of a distillation whose student is the teacher, and which has none itself.
 
     Raises:
-        ConfigError: ``correction`` has a setting that there is not, or no ``output_dir``; or no adapter is known.
+        ConfigError: ``correction`` has a setting that there is not, or no ``output_dir`` of its own; or no adapter is
+            known.
     """
     correction: Any = OmegaConf.to_container(cfg.correction, resolve=True)
+    correction.setdefault("output_dir", str(Path(cfg.output_dir) / "teacher"))
     if problems := [*_problems(correction, cfg.output_dir)]:
         raise ConfigError(*problems)
     adapter = {name: value for name, value in correction.items() if name in _ADAPTER_SETTINGS}

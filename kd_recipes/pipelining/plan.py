@@ -67,11 +67,13 @@ class Step:
         return entry.recipe_module(self.recipe).KEYS  # type: ignore[no-any-return]
 
     def place(self, cfg: DictConfig) -> Path:
-        """What others take of it: of a distillation the best student, where held-out text has told which it is."""
+        """What others take of it: of training the best model, where held-out text has told which it is."""
         if self.result is not None:
             return self.directory / self.result
         if self.recipe == "distill":
             return self.directory / ("final" if cfg.eval_dataset is None else "best")
+        if self.recipe == "correct_teacher":
+            return self.directory / "teacher" / "best"
         return self.directory
 
     def config(self) -> DictConfig:
