@@ -46,6 +46,9 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(BIN)/python tests/benchmarks/generation_speed.py
 	$(BIN)/python tests/benchmarks/monitoring.py
 	$(BIN)/python tests/benchmarks/cached_teachers.py
+	$(BIN)/python -m pip install $(PIP_ARGS) llama-cpp-python flatbuffers ruamel.yaml sortedcontainers tabulate
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps executorch==1.5.1
+	$(BIN)/python tests/benchmarks/deployment.py
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
