@@ -46,9 +46,13 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(BIN)/python tests/benchmarks/generation_speed.py
 	$(BIN)/python tests/benchmarks/monitoring.py
 	$(BIN)/python tests/benchmarks/cached_teachers.py
+	$(BIN)/python tests/benchmarks/quantized_teacher.py
 	$(PYTHON) -m venv $(VENV)/llama_cpp
 	$(VENV)/llama_cpp/bin/python -m pip install $(PIP_ARGS) 'llama-cpp-python[server]'
 	$(BIN)/python tests/benchmarks/remote_teacher.py $(VENV)/llama_cpp/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) llama-cpp-python flatbuffers ruamel.yaml sortedcontainers tabulate
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps executorch==1.5.1
+	$(BIN)/python tests/benchmarks/deployment.py
 
 docs: $(STAMP)  ## build the pages into site/, to be opened or served (python -m http.server -d site)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[docs]'

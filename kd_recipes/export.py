@@ -84,8 +84,8 @@ def main(cfg: DictConfig) -> None:
             if form.name in done and path.exists():
                 continue
             form.write(source, path, max_seq_len)
-            student = student or _ask(Student, source.directory, questions, "student")
             answers = _ask(form.runtime, path, questions, form.name)
+            student = student or _ask(Student, source.directory, questions, "student")
             alike = compare(student, answers, tokenizer.vocab_size)
             done[form.name] = {**asdict(alike), **_cost(path, answers)}
             done["student"] = _cost(source.directory, student)
