@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from kd_recipes import __version__
 from kd_recipes.config import load_and_validate, shipped_configs
-from kd_recipes.entry import RECIPES
+from kd_recipes.entry import EXIT_BAD_INPUT, RECIPES
 from kd_recipes.errors import ConfigError, RunError
 
 EXIT_FAILED = 1
@@ -30,6 +31,7 @@ examples:
   kd-recipes cp qwen_1b my_config.yaml             a config to start from
   kd-recipes validate my_config.yaml temperature=2 everything that is wrong with it, before anything is loaded
   tune run kd_recipes.distill --config my_config.yaml
+  kd-recipes doctor --config my_config.yaml        memory, disk and time that it will take
   kd-recipes consolidate runs/mine                 the student of a run's newest checkpoint
   python -m kd_recipes.quickstart                  the whole way on a CPU, with a real model
 """
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if options.command == "cp":
             return _copy(options.name, options.destination, force=options.force)
+        if options.command == "doctor":
+            return _doctor(options)
         if options.command == "consolidate":
             return _consolidate(options.run, options.checkpoint, options.output, trusts_all=options.trust_config)
         return _validate(options.file, options.overrides, options.recipe, trusts_all=options.trust_config)
@@ -79,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME", help="as `kd-recipes ls` lists it")
     copy.add_argument("destination", metavar="DEST", type=Path, help="a file, or a directory to copy into")
     copy.add_argument("--force", action="store_true", help="overwrite DEST")
+
+    doctor = commands.add_parser("doctor", help="what a distillation will need, and whether that is there")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="as after `tune run … --config FILE`")
+    doctor.add_argument("--config", metavar="FILE", required=True, help="a YAML file, or the name of a shipped config")
+    doctor.add_argument("--device", metavar="NAME", help="such as H100, A10, or cpu; default: what is here")
+    doctor.add_argument("--num-devices", metavar="N", type=int, default=1, help="each with a process; default: 1")
+    doctor.add_argument("--json", action="store_true", help="all of it as JSON, in bytes and seconds")
+    doctor.add_argument("--trust-config", action="store_true", help="let the config name any code")
 
     consolidate = commands.add_parser("consolidate", help="write the student of a run's checkpoint, to be loaded")
     consolidate.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a distillation")
@@ -138,6 +150,19 @@ def _validate(file: str, overrides: Sequence[str], recipe: str | None, *, trusts
         return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")
     print(f"{file} is valid")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from kd_recipes.estimation import examine, render
+
+    chosen = {"device": options.device, "num_devices": options.num_devices, "trusts_all": options.trust_config}
+    try:
+        report = examine(options.config, options.overrides, **chosen)
+    except ConfigError as error:
+        _fail(f"{options.config} cannot be estimated:\n{error}")
+        return EXIT_BAD_INPUT
+    print(json.dumps(report.as_json(), indent=2) if options.json else render(report))
+    return report.exit_status
 
 
 def _consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trusts_all: bool) -> int:

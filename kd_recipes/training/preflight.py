@@ -108,6 +108,15 @@ def checkpoint_files(section: DictConfig) -> list[Path]:
     return [Path(section.checkpoint_dir) / str(name) for name in files]
 
 
+def file_bytes(cfg: DictConfig, key: str) -> int | None:
+    """Of the weights in the files of a checkpointer section; None where they are not there."""
+    section = cfg[key]
+    if section is None or "checkpoint_dir" not in section:
+        return None
+    files = checkpoint_files(section)
+    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+
+
 def _specs(section: DictConfig) -> dict[str, TensorSpec]:
     """What the headers of a checkpoint's safetensors files say; nothing of files in other formats."""
     specs: dict[str, TensorSpec] = {}
@@ -244,7 +253,7 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
     for key in _checkpointers(cfg):
         if isinstance(cfg[key].get("checkpoint_dir"), str):
             yield from _overlap_problems(directory, run, key, Path(cfg[key].checkpoint_dir))
-    parent = _nearest_existing(directory)
+    parent = nearest_existing(directory)
     try:
         with tempfile.TemporaryFile(dir=parent):  # on Linux without a name: the directory is as it was
             pass
@@ -261,7 +270,8 @@ def _overlap_problems(directory: Path, run: RunDirectory, key: str, checkpoint_d
         yield Problem(f"{key}.checkpoint_dir", str(checkpoint_dir), wanted, "Choose another output_dir")
 
 
-def _nearest_existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first of its parents that is there."""
     path = Path(os.path.abspath(path))
     return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
 
@@ -331,24 +341,28 @@ def _vocabulary_problems(cfg: DictConfig) -> Iterator[Problem]:
 def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
     results = RunDirectory(Path(cfg.output_dir)).results  # those of a run that goes on are written over
     present = sum(file.stat().st_size for result in results for file in result.rglob("*") if file.is_file())
-    num_bytes = max(0, _bytes_to_write(cfg) - present)
+    num_bytes = max(0, sum(bytes_to_write(cfg).values()) - present)
     return _caught(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
 
 
-def _bytes_to_write(cfg: DictConfig) -> int:
+def bytes_to_write(cfg: DictConfig) -> dict[str, int]:
     """What a run needs at least: one export, two with held-out evaluation; the checkpoints kept, and one more, since
     an old one goes when the new one is whole; the best student's state, where `health` may go back to it."""
-    if "checkpoint_dir" not in cfg.checkpointer:
-        return 0
-    sizes = [path.stat().st_size for path in checkpoint_files(cfg.checkpointer)]
-    exports = 0 if cfg.save_adapter_weights_only else sum(sizes) * (1 if cfg.eval_dataset is None else 2)
+    if (size := file_bytes(cfg, "checkpointer")) is None:
+        return {}
+    exports = 0 if cfg.save_adapter_weights_only else size * (1 if cfg.eval_dataset is None else 2)
     if "lora_rank" in cfg.model:
-        return exports
+        return {"students": exports}
     num_parameters = sum(math.prod(spec.shape) for spec in _specs(cfg.checkpointer).values())
-    num_checkpoints = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
+    return {"students": exports, "checkpoints": num_parameters * _checkpoint_bytes(cfg) * num_checkpoints(cfg)}
+
+
+def num_checkpoints(cfg: DictConfig) -> int:
+    """Most checkpoints that are on disk at a time."""
+    found = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
     if cfg.eval_dataset is not None and (cfg.health or {}).get("action") == "restore_best":
-        num_checkpoints += 2  # the best student's state, and a better one's before the old one goes
-    return exports + num_parameters * _checkpoint_bytes(cfg) * num_checkpoints
+        found += 2  # the best student's state, and a better one's before the old one goes
+    return found
 
 
 def _num_saves(cfg: DictConfig) -> int:
