@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from kd_recipes import __version__
 from kd_recipes.config import load_and_validate, shipped_configs
@@ -32,6 +33,7 @@ examples:
   kd-recipes validate my_config.yaml temperature=2 everything that is wrong with it, before anything is loaded
   tune run kd_recipes.distill --config my_config.yaml
   kd-recipes doctor --config my_config.yaml        memory, disk and time that it will take
+  kd-recipes chat --config my_config.yaml          talk to its teacher and student
   kd-recipes consolidate runs/mine                 the student of a run's newest checkpoint
   python -m kd_recipes.quickstart                  the whole way on a CPU, with a real model
 """
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if options.command == "cp":
             return _copy(options.name, options.destination, force=options.force)
+        if options.command == "chat":
+            return _chat(options)
         if options.command == "doctor":
             return _doctor(options)
         if options.command == "consolidate":
@@ -92,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="all of it as JSON, in bytes and seconds")
     doctor.add_argument("--trust-config", action="store_true", help="let the config name any code")
 
+    _add_chat(commands)
+
     consolidate = commands.add_parser("consolidate", help="write the student of a run's checkpoint, to be loaded")
     consolidate.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a distillation")
     consolidate.add_argument("--checkpoint", metavar="NAME", help="such as step_00000120; default: the newest")
@@ -104,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--trust-config", action="store_true", help="let the config name any code")
     validate.add_argument("--recipe", choices=RECIPES, help="default: the config's own `recipe`, else distill")
     return parser
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser("chat", help="talk to models, side by side")
+    chat.add_argument("words", metavar="CHECKPOINT", nargs="*", help="directories of models; after --config, key=value")
+    chat.add_argument("--config", metavar="FILE", help="of a distillation that has run: its teacher and best student")
+    chat.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 for the likeliest; default: 0.7")
+    chat.add_argument("--top-p", metavar="P", type=float, default=0.9, help="of the likeliest tokens; default: 0.9")
+    chat.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of a reply; default: 256")
+    chat.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn; default: 0")
+    chat.add_argument("--system", metavar="TEXT", default="", help="what the models are told at the beginning")
+    chat.add_argument("--raw", action="store_true", help="go on with what is typed, without a chat template")
+    chat.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
+    chat.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="default: auto")
+    chat.add_argument("--trust-config", action="store_true", help="let the config name any code")
 
 
 def _list() -> int:
@@ -163,6 +184,24 @@ def _doctor(options: argparse.Namespace) -> int:
         return EXIT_BAD_INPUT
     print(json.dumps(report.as_json(), indent=2) if options.json else render(report))
     return report.exit_status
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from kd_recipes.conversation import Sampling, Settings, converse
+
+    overrides = [word for word in options.words if options.config and "=" in word]
+    directories = [Path(word) for word in options.words if word not in overrides]
+    sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.seed)
+    settings = Settings(sampling, options.system, options.device, options.dtype, options.raw)
+    try:
+        cfg = None
+        if options.config:
+            cfg = load_and_validate(options.config, overrides, "distill", trusts_all=options.trust_config)
+        converse(directories, cfg, settings)
+    except ConfigError as error:
+        _fail(f"There is nobody to talk to:\n{error}")
+        return EXIT_BAD_INPUT
+    return 0
 
 
 def _consolidate(run: Path, checkpoint: str | None, output: Path | None, *, trusts_all: bool) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes.batch import Batch
-from kd_recipes.compression import sections
 from kd_recipes.compression.checkpoint import file_stamps
 from kd_recipes.config import Key, is_positive, without_environment
-from kd_recipes.errors import ConfigError, Problem, gather, one_line
+from kd_recipes.errors import ConfigError, Problem, gather
 from kd_recipes.evaluation.behaviour import beginnings
-from kd_recipes.evaluation.model import Questions, Reference, evaluate_model
+from kd_recipes.evaluation.model import Questions, Reference, evaluate_model, read_sections
 from kd_recipes.evaluation.provenance import made_by, runs_of
 from kd_recipes.evaluation.report import write_report
 from kd_recipes.evaluation.results import Evaluation, ModelResult
@@ -76,7 +75,7 @@ def main(cfg: DictConfig) -> None:
     """
     device = local_device(cfg.device)
     directories = {str(name): Path(path) for name, path in cfg.models.items()}
-    gather(*(partial(_read_sections, name, path) for name, path in directories.items()))
+    gather(*(partial(read_sections, f"models.{name}", path) for name, path in directories.items()))
     reference = cfg.reference or next(iter(directories))
     if reference not in directories:
         raise ConfigError(Problem("reference", reference, f"one of {', '.join(directories)}"))
@@ -152,7 +151,7 @@ def _read(file: Path, key: str) -> ModelResult | None:
 
 def _load(cfg: DictConfig, name: str, directory: Path, questions: Questions) -> TransformerDecoder:
     """A model that can be asked all the questions."""
-    found = _read_sections(name, directory)
+    found = read_sections(f"models.{name}", directory)
     dtype, device = DTYPES[cfg.dtype], local_device(cfg.device)
     model = load_model(f"models.{name}", found.model, found.checkpointer, dtype=dtype, device=device).model.eval()
     check_tokenizer(questions.tokenizer, model.tok_embeddings.num_embeddings, model.max_seq_len)
@@ -192,19 +191,6 @@ def _prompts(cfg: DictConfig, tokenizer: Any, text: list[Batch]) -> list[list[in
     if cfg.prompts is not None:
         return [tokenizer.encode(str(prompt), add_eos=False) for prompt in cfg.prompts]
     return beginnings(text, cfg.num_prompts, _PROMPT)
-
-
-def _read_sections(name: str, directory: Path) -> DictConfig:
-    """The model and its weights, as a recipe's config has them."""
-    wanted = "a Hugging Face checkpoint directory"
-    if not (directory / "config.json").is_file():
-        raise ConfigError(Problem(f"models.{name}", str(directory), wanted))
-    try:
-        return sections(directory)  # type: ignore[no-any-return]
-    except ConfigError as error:
-        raise ConfigError(*(replace(problem, key=f"models.{name}") for problem in error.problems)) from error
-    except (KeyError, TypeError) as error:
-        raise ConfigError(Problem(f"models.{name}", str(directory), wanted, one_line(error))) from error
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def _vocabularies(student: _Side, teacher: _Side | None) -> Iterator[Comparison]
     if teacher is not None and student.ids is not None and teacher.ids is not None:
         others = sorted((index, token) for token, index in student.ids.items() if teacher.ids.get(token) != index)
         verdict = "the same map" if not others else f"differ, first at {others[0][0]}: {others[0][1]!r}"
-    yield _row("tokens", _count(student.ids), teacher and _count(teacher.ids), verdict)
+    yield Comparison("tokens", _count(student.ids), _count(teacher.ids) if teacher else None, verdict)
     rows = [side.size.num_rows for side in (student, teacher) if side is not None]
     verdict = f"compared over the first {min(rows):,}" if len(set(rows)) > 1 else ""
-    yield _row("rows of the head", f"{rows[0]:,}", teacher and f"{rows[-1]:,}", verdict)
+    yield Comparison("rows of the head", f"{rows[0]:,}", f"{rows[-1]:,}" if teacher else None, verdict)
     lengths = [side.size.max_seq_len for side in (student, teacher) if side is not None]
-    yield _row("positions", f"{lengths[0]:,}", teacher and f"{lengths[-1]:,}")
+    yield Comparison("positions", f"{lengths[0]:,}", f"{lengths[-1]:,}" if teacher else None)
 
 
 def _special_tokens(student: _Side, teacher: _Side | None) -> Iterator[Comparison]:
@@ -126,7 +126,3 @@ def _differ(mine: str, other: str | None) -> bool:
 
 def _count(ids: Mapping[str, int] | None) -> str:
     return "?" if ids is None else f"{len(ids):,}"
-
-
-def _row(what: str, mine: str, other: str | None, verdict: str = "") -> Comparison:
-    return Comparison(what, mine, other, verdict)

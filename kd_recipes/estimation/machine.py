@@ -60,9 +60,7 @@ def find_machine(name: str | None, configured: str, num_devices: int, dtype: str
         if not torch.cuda.is_available():
             raise ConfigError(_nameless("device", configured))
         properties = torch.cuda.get_device_properties(torch.device(configured))
-        return Machine(
-            properties.name, "cuda", num_devices, properties.total_memory, peak_flops(properties.name)
-        )
+        return Machine(properties.name, "cuda", num_devices, properties.total_memory, peak_flops(properties.name))
     if name is None or name == "cpu":
         flops = _matmul_flops(torch.float32 if dtype == "fp32" else torch.bfloat16)
         threads = torch.get_num_threads()

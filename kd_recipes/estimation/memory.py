@@ -124,7 +124,9 @@ class Question:
         """Likewise; None where no model runs beside the student."""
         if not loads_teacher_model(self.cfg):
             return None
-        model = build_model("teacher_model", self.cfg.teacher_model, dtype=self.teacher_dtype, device=torch.device("meta"))
+        model = build_model(
+            "teacher_model", self.cfg.teacher_model, dtype=self.teacher_dtype, device=torch.device("meta")
+        )
         return model.requires_grad_(False)
 
 

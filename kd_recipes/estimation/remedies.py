@@ -93,7 +93,10 @@ def _structural(
         section = {**OmegaConf.to_container(cfg.model), "_component_": lora, **_LORA}  # type: ignore[dict-item]
         words = f"model={lora} " + " ".join(f"model.{name}={_word(value)}" for name, value in _LORA.items())
         yield "train adapters alone", words, replace(question, cfg=_with(cfg, model=section))
-    if str(cfg.optimizer._component_) in ("torch.optim.AdamW", "torch.optim.Adam") and question.machine.num_devices == 1:
+    if (
+        str(cfg.optimizer._component_) in ("torch.optim.AdamW", "torch.optim.Adam")
+        and question.machine.num_devices == 1
+    ):
         name = f"torchao.optim.{str(cfg.optimizer._component_).rpartition('.')[2]}8bit"
         section = {k: v for k, v in cfg.optimizer.items() if k not in ("fused", "foreach")} | {"_component_": name}
         yield "moments in 8 bits", f"optimizer={name}", replace(question, cfg=_with(cfg, optimizer=section))

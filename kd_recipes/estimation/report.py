@@ -150,7 +150,9 @@ def _machine(cfg: DictConfig, device: str | None, num_devices: int, problems: li
         kind = torch.device(cfg.device).type
     except RuntimeError:  # preflight says so
         kind = "cpu"
-    found = _collect(problems, lambda: find_machine(None, cfg.device if kind == "cuda" else "cpu", num_devices, cfg.dtype))
+    found = _collect(
+        problems, lambda: find_machine(None, cfg.device if kind == "cuda" else "cpu", num_devices, cfg.dtype)
+    )
     return found or Machine("a GPU that is not here", "cuda", num_devices, None, None)
 
 

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.compression.checkpoint import read_checkpoint, weight_files
+from kd_recipes.compression.checkpoint import read_checkpoint, sections, weight_files
+from kd_recipes.errors import ConfigError, Problem, one_line
 from kd_recipes.evaluation.cost import measure_cost
 from kd_recipes.evaluation.diversity import Diversity, Generated, measure_diversity
 from kd_recipes.evaluation.generation import generate, text_of, with_texts
@@ -143,6 +145,27 @@ def describe(directory: Path) -> str:
         *sorted(set(checkpoint.schemes.values())),
     ]
     return ", ".join(parts)
+
+
+def read_sections(key: str, directory: Path) -> DictConfig:
+    """The model and its weights in a Hugging Face directory, as a recipe's config has them.
+
+    Args:
+        key: what names the directory, for messages.
+        directory: of the checkpoint.
+
+    Raises:
+        ConfigError: it is none, or torchtune has no builder for its model.
+    """
+    wanted = "a Hugging Face checkpoint directory"
+    if not (directory / "config.json").is_file():
+        raise ConfigError(Problem(key, str(directory), wanted))
+    try:
+        return sections(directory)  # type: ignore[no-any-return]
+    except ConfigError as error:
+        raise ConfigError(*(replace(problem, key=key) for problem in error.problems)) from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(Problem(key, str(directory), wanted, one_line(error))) from error
 
 
 def _of(signal: Callable[[Batch], DenseSignal], _number: int, batch: Batch) -> DenseSignal:

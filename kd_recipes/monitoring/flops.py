@@ -19,6 +19,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 from kd_recipes.devices import peak_flops
 
+
 @dataclass(frozen=True)
 class Work:
     """What a step passes through a model.

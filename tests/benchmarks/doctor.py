@@ -1,6 +1,6 @@
 """What `kd-recipes doctor` says of memory, beside what runs take.
 
-    python -m kd_recipes.quickstart && python tests/benchmarks/doctor.py
+    python -m kd_recipes.quickstart && PYTHONPATH=tests python tests/benchmarks/doctor.py
 
 Each configuration is distilled for two steps in a process of its own, whose peak of resident memory the operating
 system tells; the doctor is another process, started before it. Without the quickstart's models its lines are left out.
@@ -77,7 +77,8 @@ def measure(config: str, overrides: list[str], directory: Path) -> tuple[dict[st
 
 def main() -> None:
     """Print a line for each run."""
-    print("| pair | student | settings | estimated | measured | | peak of the estimate in |\n|---|---|---|---:|---:|---:|---|")
+    print("| pair | student | settings | estimated | measured | | the estimate's peak is in |")
+    print("|---|---|---|---:|---:|---:|---|")
     with tempfile.TemporaryDirectory() as root:
         toys = {name: save_pair(Path(root) / name.replace(" ", "_"), sizes) for name, sizes in SIZES.items()}
         for number, (name, kind, overrides) in enumerate(RUNS):

@@ -11,8 +11,8 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes import _torchtune
 from kd_recipes.compression import QuantizationAwareTraining
 from kd_recipes.evaluation.cost import Cost, measure_cost
-from kd_recipes.tally import Tally
 from kd_recipes.models import llama
+from kd_recipes.tally import Tally
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
