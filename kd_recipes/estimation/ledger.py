@@ -23,7 +23,7 @@ class Allocator:
 # glibc maps what is larger than 32 MiB for itself, and gives it back. What is smaller stays, and since torch wants
 # addresses that are multiples of 64, a hole that a tensor has left is too small for the next one of its size. The share
 # is what docs/doctor.md's measurements show.
-GLIBC = Allocator(keeps_below=32 * 2**20, waste=0.4)
+GLIBC = Allocator(keeps_below=32 * 2**20, waste=0.3)
 CUDA = Allocator()
 
 
