@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from kd_recipes import __version__
 from kd_recipes.config import load_and_validate, shipped_configs
-from kd_recipes.entry import RECIPES
+from kd_recipes.entry import EXIT_BAD_INPUT, RECIPES
 from kd_recipes.errors import ConfigError, RunError
 
 EXIT_FAILED = 1
@@ -30,6 +32,8 @@ examples:
   kd-recipes cp qwen_1b my_config.yaml             a config to start from
   kd-recipes validate my_config.yaml temperature=2 everything that is wrong with it, before anything is loaded
   tune run kd_recipes.distill --config my_config.yaml
+  kd-recipes doctor --config my_config.yaml        memory, disk and time that it will take
+  kd-recipes chat --config my_config.yaml          talk to its teacher and student
   kd-recipes consolidate runs/mine                 the student of a run's newest checkpoint
   python -m kd_recipes.quickstart                  the whole way on a CPU, with a real model
 """
@@ -50,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if options.command == "cp":
             return _copy(options.name, options.destination, force=options.force)
+        if options.command == "chat":
+            return _chat(options)
+        if options.command == "doctor":
+            return _doctor(options)
         if options.command == "consolidate":
             return _consolidate(options.run, options.checkpoint, options.output, trusts_all=options.trust_config)
         return _validate(options.file, options.overrides, options.recipe, trusts_all=options.trust_config)
@@ -80,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("destination", metavar="DEST", type=Path, help="a file, or a directory to copy into")
     copy.add_argument("--force", action="store_true", help="overwrite DEST")
 
+    doctor = commands.add_parser("doctor", help="what a distillation will need, and whether that is there")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="as after `tune run … --config FILE`")
+    doctor.add_argument("--config", metavar="FILE", required=True, help="a YAML file, or the name of a shipped config")
+    doctor.add_argument("--device", metavar="NAME", help="such as H100, A10, or cpu; default: what is here")
+    doctor.add_argument("--num-devices", metavar="N", type=int, default=1, help="each with a process; default: 1")
+    doctor.add_argument("--json", action="store_true", help="all of it as JSON, in bytes and seconds")
+    doctor.add_argument("--trust-config", action="store_true", help="let the config name any code")
+
+    _add_chat(commands)
+
     consolidate = commands.add_parser("consolidate", help="write the student of a run's checkpoint, to be loaded")
     consolidate.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a distillation")
     consolidate.add_argument("--checkpoint", metavar="NAME", help="such as step_00000120; default: the newest")
@@ -92,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--trust-config", action="store_true", help="let the config name any code")
     validate.add_argument("--recipe", choices=RECIPES, help="default: the config's own `recipe`, else distill")
     return parser
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser("chat", help="talk to models, side by side")
+    chat.add_argument("words", metavar="CHECKPOINT", nargs="*", help="directories of models; after --config, key=value")
+    chat.add_argument("--config", metavar="FILE", help="of a distillation that has run: its teacher and best student")
+    chat.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 for the likeliest; default: 0.7")
+    chat.add_argument("--top-p", metavar="P", type=float, default=0.9, help="of the likeliest tokens; default: 0.9")
+    chat.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="of a reply; default: 256")
+    chat.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn; default: 0")
+    chat.add_argument("--system", metavar="TEXT", default="", help="what the models are told at the beginning")
+    chat.add_argument("--raw", action="store_true", help="go on with what is typed, without a chat template")
+    chat.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
+    chat.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="default: auto")
+    chat.add_argument("--trust-config", action="store_true", help="let the config name any code")
 
 
 def _list() -> int:
@@ -141,6 +174,37 @@ def _validate(file: str, overrides: Sequence[str], recipe: str | None, *, trusts
         count = len(error.problems)
         return _fail(f"{file} has {count} problem{'' if count == 1 else 's'}:\n{error}")
     print(f"{file} is valid")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from kd_recipes.estimation import examine, render
+
+    chosen = {"device": options.device, "num_devices": options.num_devices, "trusts_all": options.trust_config}
+    try:
+        report = examine(options.config, options.overrides, **chosen)
+    except ConfigError as error:
+        _fail(f"{options.config} cannot be estimated:\n{error}")
+        return EXIT_BAD_INPUT
+    print(json.dumps(report.as_json(), indent=2) if options.json else render(report))
+    return report.exit_status
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from kd_recipes.conversation import Sampling, Settings, converse
+
+    overrides = [word for word in options.words if options.config and "=" in word]
+    directories = [Path(word) for word in options.words if word not in overrides]
+    sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.seed)
+    settings = Settings(sampling, options.system, options.device, options.dtype, options.raw)
+    try:
+        cfg = None
+        if options.config:
+            cfg = load_and_validate(options.config, overrides, "distill", trusts_all=options.trust_config)
+        converse(directories, cfg, settings)
+    except ConfigError as error:
+        _fail(f"There is nobody to talk to:\n{error}")
+        return EXIT_BAD_INPUT
     return 0
 
 

@@ -2,7 +2,8 @@
 
 Takes the config of the distillation: adapters on `teacher_model` are trained on the labels of `dataset`, with what
 `correction` says in the place of the distillation's settings. Leaves the merged teacher in `best/` of its output_dir
-(`teacher` in the distillation's by default), for `teacher_checkpointer.checkpoint_dir`, and says how much better it is on `eval_dataset`.
+(`teacher` in the distillation's by default), for `teacher_checkpointer.checkpoint_dir`, and says how much better it is
+on `eval_dataset`.
 """
 
 from __future__ import annotations

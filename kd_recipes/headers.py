@@ -24,6 +24,15 @@ def checkpoint_files(section: DictConfig) -> list[Path]:
     return [Path(section.checkpoint_dir) / str(name) for name in files]
 
 
+def file_bytes(cfg: DictConfig, key: str) -> int | None:
+    """Of the weights in the files of a checkpointer section; None where they are not there."""
+    section = cfg[key]
+    if section is None or "checkpoint_dir" not in section:
+        return None
+    files = checkpoint_files(section)
+    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+
+
 def read_specs(section: DictConfig) -> dict[str, TensorSpec]:
     """What the headers of a checkpoint's safetensors files say; nothing of files in other formats."""
     specs: dict[str, TensorSpec] = {}

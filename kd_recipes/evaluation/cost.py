@@ -5,19 +5,14 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
+from kd_recipes.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -114,41 +109,7 @@ def _growth(model: TransformerDecoder, prompt: Sequence[int], num_new_tokens: in
         before = int(torch.cuda.memory_allocated(device))
         run()
         return int(torch.cuda.max_memory_allocated(device)) - before
-    tally = _Tally()
+    tally = Tally()
     with tally:
         run()
     return tally.peak
-
-
-class _Tally(TorchDispatchMode):
-    """Counts the bytes of tensors that are made while it is entered, and are still there.
-
-    Attributes:
-        peak: the most that they were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._live: dict[int, tuple[int, object]] = {}
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self._count((args, kwargs), is_new=False)  # views of what was there before are made of nothing
-        output = func(*args, **kwargs)
-        self._count(output, is_new=True)
-        self.peak = max(self.peak, self._now)
-        return output
-
-    def _count(self, tree: Any, is_new: bool) -> None:
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)):
-            key = id(storage)
-            if key not in self._live:
-                size = storage.nbytes() if is_new else 0
-                self._live[key] = (size, weakref.ref(storage, partial(self._forget, key)))
-                self._now += size
-
-    def _forget(self, key: int, _: object) -> None:
-        self._now -= self._live.pop(key)[0]

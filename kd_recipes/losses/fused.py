@@ -87,7 +87,7 @@ def fused_loss(
     """
     device = tokens.labels_N.device
     if chunk_size is None:
-        chunk_size = _choose_chunk_size(num_ids, device)
+        chunk_size = choose_chunk_size(num_ids, device)
     is_compiled = device.type == "cuda" if compiled is None else compiled
     # under no_grad autograd still reports what requires gradients, so the inner function has to be told
     call = _Call(student, signal, tokens, terms, num_ids, chunk_size, is_compiled, torch.is_grad_enabled())
@@ -95,7 +95,8 @@ def fused_loss(
     return _FusedLoss.apply(call, *tensors)  # type: ignore[no-any-return]
 
 
-def _choose_chunk_size(num_ids: int, device: torch.device) -> int:
+def choose_chunk_size(num_ids: int, device: torch.device) -> int:
+    """Tokens whose logits exist at a time, where nothing else is asked for."""
     if device.type == "cpu":
         return max(1, min(_CHUNK_TOKENS_CPU, _CHUNK_ELEMENTS_CPU // num_ids))
     return max(1, _CHUNK_ELEMENTS // num_ids)
@@ -154,7 +155,7 @@ class _ChunkBuffers:
             self._teacher_logits = teacher = call.signal.logits.first(call.num_ids)
             rows = 0 if teacher.given_TV is not None else num_tokens
             self._teacher = torch.empty(rows, call.num_ids, dtype=teacher.dtype, device=device)
-        num_rows = min(num_tokens, _rows_at_a_time(call.num_ids, device))
+        num_rows = min(num_tokens, rows_at_a_time(call.num_ids, device))
         shape = (0 if call.is_compiled else call.terms.num_buffers, num_rows, call.num_ids)
         self._scratch = torch.empty(shape, dtype=_arithmetic_dtype(student.dtype), device=device)
         self._terms, self._mixer = call.terms, None
@@ -280,7 +281,8 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _rows_at_a_time(num_ids: int, device: torch.device) -> int:
+def rows_at_a_time(num_ids: int, device: torch.device) -> int:
+    """Tokens of a block, whose arithmetic is done in scratch buffers."""
     if device.type != "cpu":
         return max(1, _BLOCK_ELEMENTS // num_ids)
     return torch.get_num_threads() * max(1, _BLOCK_ELEMENTS_CPU // num_ids)

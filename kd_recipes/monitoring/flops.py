@@ -9,7 +9,6 @@ frozen below an adapter, and 2 N for a teacher.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +17,7 @@ import torch
 from torch import nn
 from torchtune.modules import TiedLinear, TransformerDecoder
 
-# Dense operations a second with 16-bit inputs and 32-bit sums, from the makers' data sheets, which like to print twice
-# as much, for matrices that are half zeros. bf16; V100, which has none: fp16.
-_PEAKS = {
-    r"A100(-SXM4|-PCIE| 80GB| 40GB).*": 312e12,
-    r"H100 (80GB HBM3|SXM).*": 989e12,
-    r"H100 PCIe": 756e12,
-    r"H200( SXM.*| 141GB.*)?": 989e12,
-    r"L40S": 362e12,
-    r"L4": 121e12,
-    r"A10": 125e12,
-    r"GeForce RTX 4090": 165e12,
-    r"V100-SXM.*": 125e12,
-    r"Instinct MI300X.*": 1307e12,
-}
+from kd_recipes.devices import peak_flops
 
 
 @dataclass(frozen=True)
@@ -103,14 +89,6 @@ def step_flops(student: Sizes, teachers: Sequence[Sizes], shapes: Sequence[tuple
     """
     work = Work(sum(b * s for b, s in shapes), sum(b * s * s for b, s in shapes), num_labels)
     return student.forward(work) + student.backward(work) + sum(teacher.forward(work) for teacher in teachers)
-
-
-def peak_flops(name: str) -> float | None:
-    """Dense 16-bit operations a second of a device by the name that torch has for it; None where it is not known."""
-    plain = re.sub(r"^(NVIDIA |AMD |Tesla )+", "", name)
-    if " MIG " in name:  # a slice of it
-        return None
-    return next((peak for pattern, peak in _PEAKS.items() if re.fullmatch(pattern, plain)), None)
 
 
 def utilization(flops: float, seconds: float, device: torch.device) -> float | None:

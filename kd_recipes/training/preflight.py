@@ -5,7 +5,6 @@ Only headers are read: the shapes in a safetensors file, the token-to-id map of 
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import is_inside, read_safetensors_header, require_free_space
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
+from kd_recipes.training.disk import bytes_to_write
 from kd_recipes.training.frozen import keeping_problems
 from kd_recipes.training.parallel import is_main_process, world_size
 from kd_recipes.training.schedules import Schedule
@@ -251,7 +251,7 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
     for key in _checkpointers(cfg):
         if isinstance(cfg[key].get("checkpoint_dir"), str):
             yield from _overlap_problems(directory, run, key, Path(cfg[key].checkpoint_dir))
-    parent = _nearest_existing(directory)
+    parent = nearest_existing(directory)
     try:
         with tempfile.TemporaryFile(dir=parent):  # on Linux without a name: the directory is as it was
             pass
@@ -268,7 +268,8 @@ def _overlap_problems(directory: Path, run: RunDirectory, key: str, checkpoint_d
         yield Problem(f"{key}.checkpoint_dir", str(checkpoint_dir), wanted, "Choose another output_dir")
 
 
-def _nearest_existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first of its parents that is there."""
     path = Path(os.path.abspath(path))
     return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
 
@@ -339,39 +340,8 @@ def _token_ids(section: DictConfig | None) -> dict[str, int] | None:
 def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
     results = RunDirectory(Path(cfg.output_dir)).results  # those of a run that goes on are written over
     present = sum(file.stat().st_size for result in results for file in result.rglob("*") if file.is_file())
-    num_bytes = max(0, _bytes_to_write(cfg) - present)
+    num_bytes = max(0, sum(bytes_to_write(cfg).values()) - present)
     return _caught(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
-
-
-def _bytes_to_write(cfg: DictConfig) -> int:
-    """What a run needs at least: one export, two with held-out evaluation; the checkpoints kept, and one more, since
-    an old one goes when the new one is whole; the best student's state, where `health` may go back to it."""
-    if "checkpoint_dir" not in cfg.checkpointer:
-        return 0
-    sizes = [path.stat().st_size for path in checkpoint_files(cfg.checkpointer)]
-    exports = 0 if cfg.save_adapter_weights_only else sum(sizes) * (1 if cfg.eval_dataset is None else 2)
-    if "lora_rank" in cfg.model:
-        return exports
-    num_parameters = sum(math.prod(spec.shape) for spec in read_specs(cfg.checkpointer).values())
-    num_checkpoints = min(_num_saves(cfg), int(cfg.keep_last_n_checkpoints) + 1)
-    if cfg.eval_dataset is not None and (cfg.health or {}).get("action") == "restore_best":
-        num_checkpoints += 2  # the best student's state, and a better one's before the old one goes
-    return exports + num_parameters * _checkpoint_bytes(cfg) * num_checkpoints
-
-
-def _num_saves(cfg: DictConfig) -> int:
-    if cfg.save_every_n_steps is None or cfg.max_steps is None:
-        return int(cfg.epochs)
-    return max(1, int(cfg.max_steps) // int(cfg.save_every_n_steps))
-
-
-def _checkpoint_bytes(cfg: DictConfig) -> int:
-    """Of a parameter in a checkpoint: the weight, or its float32 copy, and Adam's two moments."""
-    is_bf16 = cfg.dtype == "bf16"
-    weights = 2 if is_bf16 and not cfg.master_weights else 4
-    is_adam = str(cfg.optimizer._component_).rpartition(".")[2] in ("Adam", "AdamW")
-    moment = 2 if is_bf16 and not cfg.master_weights else 4
-    return weights + 2 * moment * is_adam
 
 
 def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int, *, model: str = "model") -> None:

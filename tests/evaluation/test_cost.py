@@ -10,8 +10,9 @@ from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
 from kd_recipes.compression import QuantizationAwareTraining
-from kd_recipes.evaluation.cost import Cost, _Tally, measure_cost
+from kd_recipes.evaluation.cost import Cost, measure_cost
 from kd_recipes.models import llama
+from kd_recipes.tally import Tally
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -71,7 +72,7 @@ def test_weights_that_are_rounded_in_use_are_there_twice(model: TransformerDecod
 
 def test_a_tally_knows_what_is_there_at_a_time() -> None:
     before = torch.ones(1000)
-    tally = _Tally()
+    tally = Tally()
     with tally:
         first = before * 2
         view = first.view(10, 100)

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from kd_recipes.devices import peak_flops
 from kd_recipes.models import llama, lora_llama
-from kd_recipes.monitoring.flops import Sizes, peak_flops, step_flops, utilization
+from kd_recipes.monitoring.flops import Sizes, step_flops, utilization
 
 SIZES: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96}
 SIZES |= {"vocab_size": 320, "max_seq_len": 128}

@@ -1,0 +1,73 @@
+"""What a process holds in memory, as it comes and goes, and the most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """What becomes of memory that is freed.
+
+    Args:
+        keeps_below: bytes of a piece that stays with the process when it is freed, to be used again; 0 for none.
+        waste: of such pieces, the share that lies in holes between them.
+    """
+
+    keeps_below: int = 0
+    waste: float = 0.0
+
+
+# glibc maps what is larger than 32 MiB for itself, and gives it back. What is smaller stays, and since torch wants
+# addresses that are multiples of 64, a hole that a tensor has left is too small for the next one of its size. The share
+# is what docs/doctor.md's measurements show.
+GLIBC = Allocator(keeps_below=32 * 2**20, waste=0.3)
+CUDA = Allocator()
+
+
+class Ledger:
+    """Bytes held.
+
+    Args:
+        allocator: of the process.
+
+    Attributes:
+        phase: what is being done.
+        peaks: phase -> the most bytes that were held in it.
+    """
+
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._kept = self._most_kept = self._other = 0
+        self.phase = ""
+        self.peaks: dict[str, int] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes now."""
+        return self._other + round(self._most_kept * (1 + self._allocator.waste))
+
+    def change(self, size: float) -> None:
+        """A piece of that size comes, or, negative, goes."""
+        if abs(size) < self._allocator.keeps_below:
+            self._kept += round(size)
+            self._most_kept = max(self._most_kept, self._kept)
+        else:
+            self._other += round(size)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.held)
+
+    def hold(self, sizes: Iterable[float]) -> None:
+        """Pieces come, and stay."""
+        for size in sizes:
+            self.change(size)
+
+    @contextmanager
+    def during(self, phase: str, sizes: Iterable[float] = ()) -> Iterator[None]:
+        """A phase, for which pieces come that go with it."""
+        self.phase = phase
+        pieces = list(sizes)
+        self.hold(pieces)
+        yield
+        self.hold(-size for size in pieces)
