@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kd_recipes.storage import TensorSpec, read_safetensors_header
+from kd_recipes.tensor_files import TensorSpec, read_safetensors_header
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.config import Key
 from kd_recipes.errors import ConfigError
-from kd_recipes.storage import FILE_DTYPES
+from kd_recipes.tensor_files import FILE_DTYPES
 
 KEYS = (
     Key("recipe", "str", wanted="import_gguf"),

@@ -17,14 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kd_recipes import storage
 from kd_recipes.errors import ConfigError
-from kd_recipes.storage import (
-    StorageError,
-    TensorSpec,
-    atomic_directory,
-    explain_disk_errors,
-    read_safetensors_header,
-    write_safetensors,
-)
+from kd_recipes.storage import StorageError, atomic_directory, explain_disk_errors
+from kd_recipes.tensor_files import MAX_HEADER_BYTES, TensorSpec, read_safetensors_header, write_safetensors
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -219,7 +213,7 @@ def test_bad_header_is_refused(tmp_path: Path, header: str) -> None:
 
 
 def test_huge_header_is_refused_unread(tmp_path: Path) -> None:
-    (tmp_path / "bad").write_bytes((storage.MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+    (tmp_path / "bad").write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
     with pytest.raises(ConfigError, match="header"):
         read_safetensors_header(tmp_path / "bad")
 

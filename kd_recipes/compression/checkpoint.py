@@ -24,14 +24,8 @@ from torch import Tensor
 
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.models import COMPRESSED, checkpointer_model_type, model_section
-from kd_recipes.storage import (
-    TensorSpec,
-    atomic_directory,
-    is_inside,
-    read_safetensors_header,
-    require_free_space,
-    write_json,
-)
+from kd_recipes.storage import atomic_directory, is_inside, require_free_space, write_json
+from kd_recipes.tensor_files import TensorSpec, read_safetensors_header
 
 MAX_FILE_BYTES = 2_000_000_000
 RECORD = "compression.json"

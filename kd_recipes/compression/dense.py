@@ -15,7 +15,7 @@ from kd_recipes.compression.convert import as_tune, to_file
 from kd_recipes.compression.form import Form
 from kd_recipes.compression.step import Step
 from kd_recipes.compression.stream import Text
-from kd_recipes.storage import FILE_DTYPES
+from kd_recipes.tensor_files import FILE_DTYPES
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _FACTOR = re.compile(r"(.+)\.(u|s|v)")

@@ -16,7 +16,7 @@ from kd_recipes.compression.checkpoint import HFCheckpoint, copy_model
 from kd_recipes.compression.stream import Text
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.exporting import executorch, factored, gguf, graphs, llama_cpp, runtimes
-from kd_recipes.storage import FILE_DTYPES
+from kd_recipes.tensor_files import FILE_DTYPES
 
 
 @dataclass(frozen=True)

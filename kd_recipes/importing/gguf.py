@@ -20,14 +20,8 @@ from kd_recipes.compression.checkpoint import RECORD
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.gguf_format.names import ROPE_DIVISORS, hf_name, tensor_shapes
 from kd_recipes.importing import gguf_config, gguf_tokenizer
-from kd_recipes.storage import (
-    TensorSpec,
-    atomic_directory,
-    require_free_space,
-    require_vacant,
-    write_json,
-    write_safetensors,
-)
+from kd_recipes.storage import atomic_directory, require_free_space, require_vacant, write_json
+from kd_recipes.tensor_files import TensorSpec, write_safetensors
 
 # Everything beside the weights: the tokenizer of a vocabulary of 150,000 is about 16 MB in its three forms.
 _TOKENIZER_BYTES = 64_000_000

@@ -20,7 +20,8 @@ from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
 from kd_recipes.headers import checkpoint_files, embedding_shape, num_layers, read_specs
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
-from kd_recipes.storage import is_inside, read_safetensors_header, require_free_space
+from kd_recipes.storage import is_inside, require_free_space
+from kd_recipes.tensor_files import read_safetensors_header
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training.checkpoint import RunDirectory
 from kd_recipes.training.disk import bytes_to_write

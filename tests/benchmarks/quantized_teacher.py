@@ -33,9 +33,10 @@ from kd_recipes.compression.weight_only import linear_layers, parse_format
 from kd_recipes.config import find_config, load_and_validate
 from kd_recipes.evaluation.tokens import token_values
 from kd_recipes.parts import build, build_model, load_model
-from kd_recipes.storage import TensorSpec, write_json, write_safetensors
+from kd_recipes.storage import write_json
 from kd_recipes.teachers import OnlineTeacher
 from kd_recipes.teachers.loading import load_frozen
+from kd_recipes.tensor_files import TensorSpec, write_safetensors
 from kd_recipes.training.data import Loader, build_dataset
 from kd_recipes.training.faults import num_bytes
 from kd_recipes.training.order import Rows

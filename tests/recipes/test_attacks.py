@@ -24,7 +24,8 @@ from kd_recipes.config import (
     without_environment,
 )
 from kd_recipes.errors import ConfigError
-from kd_recipes.storage import read_safetensors_header, write_manifest
+from kd_recipes.storage import write_manifest
+from kd_recipes.tensor_files import read_safetensors_header
 from kd_recipes.trust import VARIABLE
 from toy import distill
 

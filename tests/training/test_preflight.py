@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from kd_recipes import storage
 from kd_recipes.config import load_and_validate
 from kd_recipes.errors import ConfigError
+from kd_recipes.tensor_files import read_safetensors_header
 from kd_recipes.tokenizers import token_ids
 from kd_recipes.training import preflight
 from toy import VOCABULARY, Toys, distill, lora_section
@@ -37,7 +37,7 @@ def needed(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_room_for_exports_and_checkpoints(needed: Callable[..., int], toys: Toys) -> None:
     file = toys.student / "model.safetensors"
-    size, elements = file.stat().st_size, sum(s.num_bytes // 4 for s in storage.read_safetensors_header(file).values())
+    size, elements = file.stat().st_size, sum(s.num_bytes // 4 for s in read_safetensors_header(file).values())
     adam_fp32 = 4 + 8
     assert needed() == size + elements * adam_fp32  # final, and the checkpoint at the end
     assert needed("save_adapter_weights_only=True", model=lora_section(toys.student)) == 0
