@@ -109,12 +109,11 @@ def checkpoint_files(section: DictConfig) -> list[Path]:
 
 
 def file_bytes(cfg: DictConfig, key: str) -> int | None:
-    """Of the weights in the files of a checkpointer section; None where they are not there."""
+    """Of the weights in the files of a checkpointer section; None where they are not there, or not whole."""
     section = cfg[key]
-    if section is None or "checkpoint_dir" not in section:
+    if section is None or "checkpoint_dir" not in section or any(_file_problems(key, section)):
         return None
-    files = checkpoint_files(section)
-    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+    return sum(file.stat().st_size for file in checkpoint_files(section))
 
 
 def _specs(section: DictConfig) -> dict[str, TensorSpec]:
