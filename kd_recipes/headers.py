@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from kd_recipes.errors import ConfigError
 from kd_recipes.tensor_files import TensorSpec, read_safetensors_header
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
@@ -25,12 +26,15 @@ def checkpoint_files(section: DictConfig) -> list[Path]:
 
 
 def file_bytes(cfg: DictConfig, key: str) -> int | None:
-    """Of the weights in the files of a checkpointer section; None where they are not there."""
+    """Of the weights in the files of a checkpointer section; None where they are not there, or not whole."""
     section = cfg[key]
-    if section is None or "checkpoint_dir" not in section:
+    if section is None or not {"checkpoint_dir", "checkpoint_files"} <= section.keys():
         return None
-    files = checkpoint_files(section)
-    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+    try:
+        read_specs(section)
+        return sum(file.stat().st_size for file in checkpoint_files(section))
+    except (ConfigError, OSError):
+        return None
 
 
 def read_specs(section: DictConfig) -> dict[str, TensorSpec]:

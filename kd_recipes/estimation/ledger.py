@@ -13,7 +13,7 @@ class Allocator:
 
     Args:
         keeps_below: bytes of a piece that stays with the process when it is freed, to be used again; 0 for none.
-        waste: of such pieces, the share that lies in holes between them.
+        waste: holes that such pieces leave between others as they come and go, in shares of the most of them.
     """
 
     keeps_below: int = 0
@@ -21,9 +21,9 @@ class Allocator:
 
 
 # glibc maps what is larger than 32 MiB for itself, and gives it back. What is smaller stays, and since torch wants
-# addresses that are multiples of 64, a hole that a tensor has left is too small for the next one of its size. The share
-# is what docs/doctor.md's measurements show.
-GLIBC = Allocator(keeps_below=32 * 2**20, waste=0.3)
+# addresses that are multiples of 64, a hole that a tensor has left is too small for the next one of its size. In the
+# runs of docs/doctor.md the holes are between half as much as what comes and goes, and a third more.
+GLIBC = Allocator(keeps_below=32 * 2**20, waste=1.0)
 CUDA = Allocator()
 
 
@@ -40,22 +40,32 @@ class Ledger:
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
-        self._kept = self._most_kept = self._other = 0
+        self._small = self._most_small = self._large = 0
+        self._moving = self._most_moving = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}
 
     @property
     def held(self) -> int:
         """Bytes now."""
-        return self._other + round(self._most_kept * (1 + self._allocator.waste))
+        return self._large + self._most_small + round(self._most_moving * self._allocator.waste)
 
-    def change(self, size: float) -> None:
-        """A piece of that size comes, or, negative, goes."""
-        if abs(size) < self._allocator.keeps_below:
-            self._kept += round(size)
-            self._most_kept = max(self._most_kept, self._kept)
+    def change(self, size: float, *, moves: bool = False) -> None:
+        """A piece comes, or goes.
+
+        Args:
+            size: of it; negative where it goes.
+            moves: whether it is one of those that come and go all the time, and leave holes.
+        """
+        is_small = abs(size) < self._allocator.keeps_below
+        if is_small and moves:
+            self._moving += round(size)
+            self._most_moving = max(self._most_moving, self._moving)
+        if is_small:
+            self._small += round(size)
+            self._most_small = max(self._most_small, self._small)
         else:
-            self._other += round(size)
+            self._large += round(size)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.held)
 
     def hold(self, sizes: Iterable[float]) -> None:

@@ -274,7 +274,7 @@ class _Run:
     def _step(self, ledger: Ledger, *, is_first: bool) -> None:
         for event in self.rehearsal.events:
             ledger.phase = f"a step: {event.phase}"
-            ledger.change(event.size * (self._grad_share if event.is_grad else 1))
+            ledger.change(event.size * (self._grad_share if event.is_grad else 1), moves=not event.is_grad)
         ledger.phase = "a step: the update"
         if is_first:
             ledger.hold(self._moments)

@@ -22,9 +22,9 @@ from kd_recipes.estimation.machine import Machine, find_machine
 from kd_recipes.estimation.memory import Memory, Question, estimate_memory
 from kd_recipes.estimation.remedies import Remedy, find_remedies
 from kd_recipes.monitoring.flops import Sizes
-from kd_recipes.parts import build, build_model
+from kd_recipes.parts import CHECKPOINTERS, build, build_model
 from kd_recipes.training.precision import dtype_name, resolve_dtype
-from kd_recipes.training.preflight import check_models, loads_teacher_model, preflight
+from kd_recipes.training.preflight import check_models, file_bytes, loads_teacher_model, preflight
 
 T = TypeVar("T")
 EXIT_DOES_NOT_FIT, EXIT_PROBLEMS = 1, 2
@@ -167,7 +167,12 @@ def _keys(cfg: DictConfig) -> list[str]:
 
 
 def _check(cfg: DictConfig) -> dict[str, _torchtune.ModelSize]:
-    keys = _keys(cfg)
+    sections = {key: cfg[CHECKPOINTERS[key]] for key in _keys(cfg)}
+    keys = [
+        key
+        for key, section in sections.items()
+        if section is not None and ("checkpoint_dir" not in section or file_bytes(cfg, CHECKPOINTERS[key]) is not None)
+    ]
     return dict(zip(keys, check_models(cfg, build("tokenizer", cfg.tokenizer), keys), strict=True))
 
 
