@@ -21,10 +21,11 @@ from kd_recipes.estimation.duration import Duration, estimate_duration
 from kd_recipes.estimation.machine import Machine, find_machine
 from kd_recipes.estimation.memory import Memory, Question, estimate_memory
 from kd_recipes.estimation.remedies import Remedy, find_remedies
+from kd_recipes.headers import file_bytes
 from kd_recipes.monitoring.flops import Sizes
 from kd_recipes.parts import CHECKPOINTERS, build, build_model
 from kd_recipes.training.precision import dtype_name, resolve_dtype
-from kd_recipes.training.preflight import check_models, file_bytes, loads_teacher_model, preflight
+from kd_recipes.training.preflight import check_models, loads_teacher_model, preflight
 
 T = TypeVar("T")
 EXIT_DOES_NOT_FIT, EXIT_PROBLEMS = 1, 2
