@@ -185,8 +185,7 @@ def _nvfp4(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _nf4(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = _torchtune.to_nf4(weight_OI.to(dtype))
-    return weight
+    return _torchtune.to_nf4(weight_OI.to(dtype))
 
 
 def _by_configuration(config: Any) -> Callable[[Tensor, torch.dtype], Tensor]:

@@ -20,7 +20,7 @@ from kd_recipes.parts import build_model, does_not_fit, unreadable
 from kd_recipes.teachers.offload import Offload
 
 _HOST = torch.device("cpu")
-_BYTES_BETWEEN = 2**25  # read between two calls for memory to be given back, which take as long as reading a few
+_BYTES_BETWEEN = 2**23  # read between two calls for memory to be given back; less often, more of it is kept
 
 
 def load_frozen(

@@ -14,6 +14,7 @@ import torch
 from families import Family
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torchao.dtypes import nf4tensor
 
 from kd_recipes import _torchtune
 from kd_recipes.compression import Quantization, read_checkpoint, sections
@@ -89,6 +90,21 @@ def test_each_format_holds_the_weights(name: str, dtype: torch.dtype, toys: Toys
     with torch.no_grad():
         logits = model(IDS_BS)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_is_torchaos(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(192, 256, dtype=dtype)
+    expected, found = nf4tensor.to_nf4(weight), _torchtune.to_nf4(weight)
+    same = expected.quantized_data == found.quantized_data
+    assert same.float().mean() > (0.9999 if dtype is torch.float32 else 0.9)  # bf16: ties by torchao's rounding
+    for name in ("quantized_scalers", "quantization_factor", "scaler_mean", "nf4"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    ours, theirs = (((tensor.get_original_weight() - weight).float()).norm() for tensor in (found, expected))
+    assert ours < 1.001 * theirs
+    weight[:, :64] = 0
+    assert torch.equal(_torchtune.to_nf4(weight).get_original_weight()[:, :64], torch.zeros(192, 64, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", [None, "int8", "int4_g32", "nf4", "float8", "nvfp4"])
