@@ -88,7 +88,7 @@ def main(cfg: DictConfig) -> None:
             student = student or _ask(Student, source.directory, questions, "student")
             alike = compare(student, answers, tokenizer.vocab_size)
             done[form.name] = {**asdict(alike), **_cost(path, answers)}
-            done["student"] = _cost(source.directory, student)
+            done["student"] = {**_cost(source.directory, student), "num_bytes": source.num_bytes}  # no adapters
             _save(output_dir, made_of, done)
     table = _table(done)
     (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")

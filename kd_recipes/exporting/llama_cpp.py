@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,10 @@ def quantize(source: HFCheckpoint, file: Path, kind: str) -> None:
         write_gguf(source, whole, "f32" if source.schemes else "trained")
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = getattr(llama_cpp, KINDS[kind])
+        said: list[str] = []
+        listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode(errors="replace")))
+        llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))  # it says a line for each tensor
         status = llama_cpp.llama_model_quantize(str(whole).encode(), str(unfinished).encode(), settings)
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # as it was
         if status != 0:
-            raise RuntimeError(f"llama.cpp could not write {file.name} (status {status})")
+            raise RuntimeError(f"llama.cpp could not write {file.name}: {''.join(said[-3:]).strip()}")

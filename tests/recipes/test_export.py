@@ -63,6 +63,7 @@ def test_tune_runs_it(exported: tuple[Path, str]) -> None:
         assert found[name]["agreement"] == 1.0
         assert found[name]["same_continuations"] == 2
         assert found[name]["decode_tokens_per_second"] > 0
+        assert found[name]["peak_memory_bytes"] > found[name]["num_bytes"] / 10
     assert found["torch_export"]["num_bytes"] == (output_dir / "model.pt2").stat().st_size
     table = (output_dir / "export.md").read_text()
     assert table in said
