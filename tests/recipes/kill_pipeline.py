@@ -1,7 +1,7 @@
 """Run a pipeline of toys while it is killed, again and again, and compare what it leaves with one that was left alone.
 
 Every other kill is of the pipeline's process alone, whose step then lives on until the pipeline is started again; the
-others are of the step's as well, as when a machine goes down. Some 20 minutes.
+others are of the step as well, as when a machine goes down. An hour on two busy cores.
 
     python tests/recipes/kill_pipeline.py [NUM_KILLS] [SEED]
 """

@@ -317,7 +317,10 @@ def test_secrets_of_the_environment_are_in_no_file(
 
 
 @pytest.mark.parametrize("name", ["pipeline_quickstart", "pipeline_qwen_1b"])
-def test_shipped_pipelines_are_right_whatever_is_left_out(name: str) -> None:
+def test_shipped_pipelines_are_right_whatever_is_left_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no quickstart has left its files
     cfg = load(str(find_config(name)))
     left = [name for name, section in cfg.steps.items() if not isinstance(section, str)]
     for without in left:
