@@ -14,6 +14,7 @@ from kd_recipes.errors import ConfigError, Problem
 
 # A context of CUDA with the kernels of torch and cuBLAS, and cuBLAS' workspace; the makers' numbers, not measured here.
 CUDA_PROGRAM = 600 * 2**20
+PROGRAM_GROWTH = 50 * 2**20  # of a process on a CPU: data set, logger, kernels' scratch, as a run of toys grows
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _BENCHMARK_SECONDS = 0.5
 
@@ -105,6 +106,3 @@ def program_bytes(machine: Machine, here: int) -> int:
         here: bytes of this process, which has imported what a run imports.
     """
     return CUDA_PROGRAM if machine.kind == "cuda" else here + PROGRAM_GROWTH
-
-
-PROGRAM_GROWTH = 50 * 2**20  # data set, logger, kernels' scratch buffers: as the toy run of docs/doctor.md grows

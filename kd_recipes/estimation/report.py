@@ -99,6 +99,8 @@ def examine(
         ConfigError: the config is none, or an argument of this function is wrong: there is nothing to estimate.
     """
     cfg = load_and_validate(file, overrides, "distill", trusts_all=trusts_all)
+    if num_devices < 1:
+        raise ConfigError(Problem("--num-devices", num_devices, "a whole number above 0"))
     program = psutil.Process(os.getpid()).memory_info().rss
     problems: list[Problem] = []
     machine = _machine(cfg, device, num_devices, problems)
@@ -233,8 +235,8 @@ def _comparison_lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
 
 
 def _memory_lines(report: Report, memory: Memory) -> Iterator[str]:
-    cfg_shape = f"sequences of {report.length:,} tokens"
-    yield f"Memory of {'a device' if report.machine.kind == 'cuda' else 'the process'}, in GiB ({cfg_shape})"
+    where = "a device" if report.machine.kind == "cuda" else "the process"
+    yield f"Memory of {where}, in GiB (sequences of {report.length:,} tokens)"
     width = max(map(len, memory.parts))
     for name, size in memory.parts.items():
         yield f"  {name:{width}} {_gib(size):>8}"
