@@ -123,7 +123,7 @@ def test_an_unknown_recipe_lists_the_known_ones(write_config: WriteConfig, tmp_p
     command = [sys.executable, "-m", "kd_recipes", "--config", str(write_config(tmp_path)), "recipe=distell"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == EXIT_BAD_INPUT
-    assert "recipe: got 'distell', wanted one of compress, distill" in result.stderr
+    assert "recipe: got 'distell', wanted one of cache_teacher, compress, correct_teacher, distill" in result.stderr
     assert "Did you mean `distill`?" in result.stderr
     assert "Traceback" not in result.stderr
 

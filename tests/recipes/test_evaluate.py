@@ -216,7 +216,7 @@ def test_two_processes_find_what_one_does(config: Path, toys: Toys, tmp_path: Pa
         ("tasks=[no_such.jsonl]", "no_such"),
         ("num_prompts=-1", "num_prompts: got -1"),
         ("max_new_tokens=100000", "prompts: got '1000"),
-        ("+models={a/b: x}", "models.a/b: got 'a/b', wanted a name of letters"),
+        ("models.a/b=x", "models.a/b: got 'a/b', wanted a name of letters"),
     ],
 )
 def test_bad_input(

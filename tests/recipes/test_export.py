@@ -199,7 +199,6 @@ def test_a_file_that_cannot_be_loaded_is_an_error(
     from kd_recipes.exporting.formats import Graph
 
     def damaged(self: Any, source: Any, path: Path, max_seq_len: int) -> None:
-        path.parent.mkdir(parents=True)
         path.write_bytes(b"PK")
 
     monkeypatch.setattr(Graph, "write", damaged)

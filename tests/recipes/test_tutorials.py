@@ -96,14 +96,14 @@ class World:
             assert words[:2] in (["pip", "install"], ["tune", "download"])
 
     def _quickstart(self) -> Iterator[list[str]]:
-        """Its steps that are still to be done; the downloads are there already."""
+        """Its steps that are still to be done, each by itself at a toy's size; the downloads are there already."""
         root = Path("runs/quickstart")
         gguf = quickstart.fetch(quickstart.MODEL, root / "downloads")
         quickstart.write_text(quickstart.fetch(quickstart.TEXT, root / "downloads"), root / "data")
         steps = {
-            "teacher": quickstart._import_command(gguf, root / "teacher"),
+            "teacher": ["import_gguf", "import_gguf", f"gguf_file={gguf}", f"output_dir={root / 'teacher'}"],
             "pruned": ["compress", "prune_depth"],
-            "distilled": quickstart._distil_command(root / "distilled"),
+            "distilled": ["distill", "quickstart"],
             "evaluation": ["evaluate", "quickstart_evaluate"],
         }
         yield from (words for result, words in steps.items() if not (root / result).exists())
