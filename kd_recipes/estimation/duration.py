@@ -11,9 +11,10 @@ from kd_recipes.estimation.rehearsal import Shape
 from kd_recipes.monitoring.flops import Sizes, Work, step_flops
 from kd_recipes.training.preflight import needs_teacher
 
-# Share of the peak that a step reaches. Assumptions: of a GPU's data sheet, what well-filled training steps of others
-# reach; of a CPU's best product, what the steps in docs/doctor.md reach.
-UTILIZATION = {"cuda": 0.4, "cpu": 0.6}
+# Share of the peak that a step is assumed to reach. Of a GPU's data sheet: what well-filled steps of others do. Of a
+# CPU's best product: what the steps of docs/doctor.md do.
+_GPU = 0.4
+_CPU = {"bf16": 0.5, "fp32": 0.8}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def estimate_duration(
     work = Work(shape.num_tokens, shape.num_tokens * shape.length, shape.num_tokens)
     if cfg.enable_activation_checkpointing:
         flops += count * student.forward(Work(work.num_positions, work.num_pairs, 0))
-    share = UTILIZATION[machine.kind]
+    share = _GPU if machine.kind == "cuda" else _CPU[cfg.dtype]
     num_steps = _num_steps(cfg)
     if machine.flops is None:
         return Duration(flops, share, None, num_steps, None, None)

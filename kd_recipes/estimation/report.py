@@ -252,11 +252,12 @@ def _memory_lines(report: Report, memory: Memory) -> Iterator[str]:
 
 def _disk_lines(disk: Disk) -> Iterator[str]:
     yield "Disk, in GiB"
-    width = max(map(len, disk.parts))
+    place = f"free in {disk.place}"
+    width = max(map(len, [*disk.parts, place]))
     for name, size in disk.parts.items():
         yield f"  {name:{width}} {_gib(size):>8}"
     verdict = "fits" if disk.total <= disk.free else "does not fit"
-    yield f"  {f'free in {disk.place}':{width}} {_gib(disk.free):>8}  {verdict}"
+    yield f"  {place:{width}} {_gib(disk.free):>8}  {verdict}"
     if disk.cache_bytes is not None:
         yield f"  the teacher's cache: at most {_gib(round(disk.cache_bytes * 1e6))} a million tokens"
 
