@@ -34,14 +34,15 @@ from toy import TUNE, Toys, distill, text_section
 
 WriteConfig = Callable[..., Path]
 OWN, BETTER = 1e-8, 2e-2  # learning rates: the config's, at which nothing is learned, and the one to be found
+NUM_STEPS = 120  # seconds: a trial that is asked to end must not have come to its end by itself
 CHECKED = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 
 
 @pytest.fixture
 def base(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Path:
-    """A distillation's config, of 24 steps that are evaluated every 6."""
+    """A distillation's config, evaluated every 6 steps."""
     held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
-    length = {"max_steps": 24, "epochs": 10, "eval_every_n_steps": 6}
+    length = {"max_steps": NUM_STEPS, "epochs": 50, "eval_every_n_steps": 6}
     return write_config(tmp_path, eval_dataset=held_out, health=None, **length, **{"optimizer.lr": OWN})
 
 
@@ -77,7 +78,7 @@ def interrupt(config: Path, in_trial: Path) -> int:
     """Start the real command, and end it as Ctrl-C does when a trial has been evaluated."""
     sweep = subprocess.Popen([str(TUNE), "run", "kd_recipes.sweep", "--config", str(config)])
     while sweep.poll() is None and not any(entry.step > 0 for entry in History(in_trial).read("held_out")):
-        time.sleep(0.1)
+        time.sleep(0.02)
     sweep.send_signal(signal.SIGINT)
     return sweep.wait()
 
@@ -97,7 +98,7 @@ def test_a_search_that_is_interrupted_goes_on_and_finds_the_best(
     assert (hopeless["is_baseline"], hopeless["values"]) == (True, {"optimizer.lr": OWN})
     assert (best["is_baseline"], best["values"]) == (False, {"optimizer.lr": BETTER})
     assert best["metric"] == best["held_out"]["perplexity"] < hopeless["metric"]
-    assert 12 <= hopeless["num_steps"] < best["num_steps"] == 24
+    assert 12 <= hopeless["num_steps"] < best["num_steps"] == NUM_STEPS
     trained = [entry.step for entry in History(out / "trials" / "000").read("train")]
     assert trained == [*range(1, hopeless["num_steps"] + 1)], "each step once: it went on from its checkpoint"
 
