@@ -32,6 +32,7 @@ FORMATS = (
 )
 _INTEGERS = re.compile(r"int([2-8])(?:_g([1-9][0-9]*))?")
 _INT4_GROUPS = (32, 64, 128, 256)  # those that torch's kernels know
+_NVFP4_BLOCK, _NVFP4_TILE = 16, 128  # inputs that share a scale, and rows whose scales lie together
 _ROWS_TRIED = 64
 
 
@@ -179,9 +180,20 @@ def _float8(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _nvfp4(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+    """What torchao's NVFP4WeightOnlyConfig makes, some rows at a time: it takes 56 bytes a weight to find the codes."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
-    return _by_configuration(NVFP4WeightOnlyConfig())(weight_OI, dtype)
+    if any(size % _NVFP4_BLOCK for size in weight_OI.shape):
+        raise ValueError(f"NVFP4 wants multiples of {_NVFP4_BLOCK}, got {tuple(weight_OI.shape)}")
+    weight_OI = weight_OI.to(dtype)
+    scale = per_tensor_amax_to_scale(weight_OI.abs().max())
+    parts = [
+        NVFP4Tensor.to_nvfp4(rows, per_tensor_scale=scale, is_swizzled_scales=True)
+        for rows in weight_OI.split(_NVFP4_TILE)
+    ]
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("qdata", "scale"))
+    weight: Tensor = NVFP4Tensor(codes, scales, _NVFP4_BLOCK, dtype, scale, _is_swizzled_scales=True)
+    return weight
 
 
 def _nf4(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,11 +15,13 @@ from families import Family
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchao.dtypes import nf4tensor
+from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+from torchao.quantization import quantize_
 
 from kd_recipes import _torchtune
 from kd_recipes.compression import Quantization, read_checkpoint, sections
 from kd_recipes.compression.keeping import Keeping
-from kd_recipes.compression.weight_only import linear_layers
+from kd_recipes.compression.weight_only import linear_layers, parse_format
 from kd_recipes.errors import ConfigError
 from kd_recipes.models import model_section
 from kd_recipes.parts import build_model, load_model
@@ -105,6 +107,20 @@ def test_nf4_is_torchaos(dtype: torch.dtype) -> None:
     assert ours < 1.001 * theirs
     weight[:, :64] = 0
     assert torch.equal(_torchtune.to_nf4(weight).get_original_weight()[:, :64], torch.zeros(192, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(272, 144), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_is_torchaos(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    found: Any = parse_format("nvfp4", "").pack(layer.weight.detach(), dtype)
+    quantize_(layer, NVFP4WeightOnlyConfig())
+    weight: Any = layer.weight
+    names, settings = found.__tensor_flatten__()
+    assert (names, settings) == weight.__tensor_flatten__()
+    for name in names:
+        assert torch.equal(getattr(found, name).float(), getattr(weight, name).float()), name
 
 
 @pytest.mark.parametrize("name", [None, "int8", "int4_g32", "nf4", "float8", "nvfp4"])
