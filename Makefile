@@ -45,6 +45,7 @@ bench: quickstart  ## compare students, ways to compress, losses, steps, tasks a
 	$(BIN)/python tests/benchmarks/tasks.py
 	$(BIN)/python tests/benchmarks/generation_speed.py
 	$(BIN)/python tests/benchmarks/monitoring.py
+	PYTHONPATH=tests $(BIN)/python tests/benchmarks/doctor.py
 	$(BIN)/python tests/benchmarks/cached_teachers.py
 	$(BIN)/python tests/benchmarks/quantized_teacher.py
 	$(PYTHON) -m venv $(VENV)/llama_cpp

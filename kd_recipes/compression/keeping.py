@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kd_recipes import _torchtune
-from kd_recipes.compression.weight_only import WeightFormat, format_problems, parse_format
+from kd_recipes.compression.weight_only import WeightFormat, format_problems, linear_layers, packed_bytes, parse_format
 from kd_recipes.errors import Problem
 
 
@@ -54,6 +54,21 @@ class Keeping:
         """Whether a model, which may be on the meta device, is kept as any other is."""
         is_nf4 = any(_torchtune.is_nf4(parameter) for parameter in model.parameters())
         return self.weights is None and not self.cpu_offload and not is_nf4
+
+    def packed_bytes(self, model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+        """How many bytes the weights take that are kept in the format, by name.
+
+        Args:
+            model: may be on the meta device.
+            dtype: that it computes in.
+        """
+        if self.weights is None:
+            return {}
+        shapes = {
+            f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in linear_layers(model).items()
+        }
+        sizes = {shape: packed_bytes(self.weights, shape, dtype) for shape in set(shapes.values())}
+        return {name: sizes[shape] for name, shape in shapes.items()}
 
     def problems(
         self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, is_split: bool

@@ -120,9 +120,7 @@ def format_problems(
         yield Problem(key, weights.name, wanted, remedy)
         return
     for num_outputs, in_dim in sorted(shapes):
-        # divides by whatever power of two the layer's own size does, and has few rows all the same
-        rows = max(_ROWS_TRIED, 2**14 // math.gcd(2**14, in_dim))
-        shape = (num_outputs if num_outputs <= 2 * rows else rows + num_outputs % rows, in_dim)
+        shape = _few_rows(num_outputs, in_dim)
         try:
             weight_OI = torch.ones(shape, dtype=dtype, device=device)
             result = F.linear(weight_OI[:2], weights.pack(weight_OI, dtype))
@@ -132,6 +130,25 @@ def format_problems(
             wanted = f"a format that works in {dtype} on {device.type} for layers of {num_outputs:,} x {in_dim:,}"
             yield Problem(key, weights.name, wanted, f"int8 works everywhere. torchao: {one_line(error)}")
             return
+
+
+def packed_bytes(weights: WeightFormat, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """How many bytes a weight has in a format, by packing some of its rows.
+
+    Args:
+        weights: the format.
+        shape: [O, I].
+        dtype: that the layer computes in.
+    """
+    some = _few_rows(*shape)
+    packed = weights.pack(torch.ones(some, dtype=dtype), dtype)
+    return round(sum(part.nbytes for part in _torchtune.plain_tensors(packed)) * shape[0] / some[0])
+
+
+def _few_rows(num_outputs: int, in_dim: int) -> tuple[int, int]:
+    """A weight's shape with fewer outputs, which whatever power of two divides the whole divides, too."""
+    rows = max(_ROWS_TRIED, 2**14 // math.gcd(2**14, in_dim))
+    return (num_outputs if num_outputs <= 2 * rows else rows + num_outputs % rows, in_dim)
 
 
 # ------------------------------------------------------------------------------------------------------------- formats

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
+from kd_recipes.compression.keeping import Keeping
+from kd_recipes.errors import one_line
 from kd_recipes.estimation.ledger import CUDA, GLIBC, Ledger
 from kd_recipes.estimation.loss_stage import loss_buffers
 from kd_recipes.estimation.machine import Machine, program_bytes
@@ -33,10 +36,12 @@ class Weights:
     Args:
         resident: bytes of each tensor that stays.
         gathered: bytes that are whole for a while, or as long as a step lasts, where the model is split.
+        one_by_one: whether a tensor is read when the one before it is in the model.
     """
 
     resident: list[float]
     gathered: int = 0
+    one_by_one: bool = False
 
     @property
     def total(self) -> int:
@@ -121,6 +126,11 @@ class Question:
         name = self.cfg.teacher_dtype or self.cfg.dtype
         return DTYPES[self.cfg.dtype if name == "auto" else name]
 
+    @property
+    def keeping(self) -> Keeping:
+        """How the weights of ``teacher_model`` are kept."""
+        return Keeping.of("teacher_model", self.cfg.teacher_model, self.cfg)
+
     def teacher(self) -> TransformerDecoder | None:
         """Likewise; None where no model runs beside the student."""
         if not loads_teacher_model(self.cfg):
@@ -148,8 +158,14 @@ def estimate_memory(question: Question) -> Memory:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     has_masters = bool(cfg.master_weights) and question.dtype is not torch.float32
     masters = [] if question.is_split or not has_masters else [4.0 * p.numel() for p in trained]
-    weights = _student_weights(student, question)
-    teaching = _teacher_weights(teacher, question) if teacher is not None else Weights([])
+    weights, teaching, notes = _student_weights(student, question), Weights([]), [*_not_counted(cfg)]
+    if teacher is not None:
+        packed: dict[str, int] = {}
+        try:
+            packed = question.keeping.packed_bytes(teacher, question.teacher_dtype)
+        except Exception as error:  # this device may lack what the other has
+            notes.append(f"teacher_quantization, which cannot be tried here: {one_line(error)}")
+        teaching = _teacher_weights(teacher, packed, question)
     numel = [parameter.numel() / (question.shard_size if question.is_split else 1) for parameter in trained]
     kept_dtype = torch.float32 if has_masters else question.dtype
     cost = optimizer_cost(cfg.optimizer, kept_dtype, is_cuda=machine.kind == "cuda")
@@ -163,28 +179,32 @@ def estimate_memory(question: Question) -> Memory:
     )
     run = _Run(question, weights, teaching, masters, numel, kept_dtype, cost, rehearsal)
     checkpoint = round(run.checkpoint * (question.shard_size if question.is_split else 1))
-    return Memory(run.parts(), run.play(), checkpoint, list(_not_counted(cfg)))
+    return Memory(run.parts(), run.play(), checkpoint, notes)
 
 
 def _student_weights(model: TransformerDecoder, question: Question) -> Weights:
     if not question.is_split:
-        return Weights(_sizes(model))
+        return Weights(list(_sizes(model).values()))
     kept = torch.float32 if question.cfg.master_weights else question.dtype
     sizes = [p.numel() * kept.itemsize / question.shard_size for p in model.parameters()]
-    return Weights(sizes, _gathered(model))
+    return Weights(sizes, _gathered(_sizes(model)))
 
 
-def _teacher_weights(model: TransformerDecoder, question: Question) -> Weights:
+def _teacher_weights(model: TransformerDecoder, packed: Mapping[str, int], question: Question) -> Weights:
     if question.cfg.teacher_device not in (None, question.cfg.device):
         return Weights([])
+    keeping = question.keeping
+    sizes = {**_sizes(model), **packed}
+    if keeping.cpu_offload:
+        return Weights([], _gathered(sizes), one_by_one=True)
     if not (question.is_split and question.cfg.shard_teacher):
-        return Weights(_sizes(model))
-    return Weights([size / question.shard_size for size in _sizes(model)], _gathered(model))
+        return Weights(list(sizes.values()), one_by_one=not keeping.is_plain(model))
+    return Weights([size / question.shard_size for size in sizes.values()], _gathered(sizes))
 
 
-def _sizes(model: nn.Module) -> list[float]:
+def _sizes(model: nn.Module) -> dict[str, float]:
     """Bytes of the tensors, also of those that are made of others."""
-    return [float(parameter.numel() * _itemsize(parameter)) for parameter in model.parameters()]
+    return {name: float(parameter.numel() * _itemsize(parameter)) for name, parameter in model.named_parameters()}
 
 
 def _itemsize(parameter: Any) -> float:
@@ -192,10 +212,13 @@ def _itemsize(parameter: Any) -> float:
     return 0.5 + 1 / 64 + 4 / 16384 if is_nf4 else float(parameter.dtype.itemsize)  # codes, and scales of blocks
 
 
-def _gathered(model: TransformerDecoder) -> int:
+def _gathered(sizes: Mapping[str, float]) -> int:
     """What is whole on a device: all that is in no block, and two blocks, of which one is being fetched."""
-    blocks = [sum(_sizes(block)) for block in model.layers]
-    return round(sum(_sizes(model)) - sum(blocks) + 2 * max(blocks))
+    blocks: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name.startswith("layers."):
+            blocks[name.split(".")[1]] += size  # type: ignore[assignment]
+    return round(sum(sizes.values()) - sum(blocks.values()) + 2 * max(blocks.values()))
 
 
 @dataclass
@@ -256,8 +279,10 @@ class _Run:
         ledger.hold([self._program])
         for weights, key in ((self.weights, "checkpointer"), (self.teaching, "teacher_checkpointer")):
             ledger.hold(weights.resident)
-            if is_cpu and weights.resident:  # the file is there until its weights are in the model
-                read = file_bytes(self.question.cfg, key) or sum(weights.resident)
+            if is_cpu and weights.resident:
+                read = max(weights.resident)
+                if not weights.one_by_one:  # the file is there until its weights are in the model
+                    read = file_bytes(self.question.cfg, key) or sum(weights.resident)
                 with ledger.during("loading the models", [read]):
                     pass
         ledger.hold(self.masters)

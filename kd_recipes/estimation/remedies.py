@@ -72,6 +72,10 @@ def _candidates(question: Question) -> Iterator[tuple[str, str, Question]]:
         yield change("compute in bf16", dtype="bf16")
     if loads_teacher_model(cfg) and (cfg.teacher_dtype or cfg.dtype) == "fp32":
         yield change("the teacher in bf16", teacher_dtype="bf16")
+    if loads_teacher_model(cfg) and machine.num_devices == 1:
+        yield change("the teacher's weights in 8 bits", teacher_quantization="int8")
+        if machine.kind == "cuda":
+            yield change("the teacher's blocks in host memory: it answers more slowly", teacher_cpu_offload=True)
     if cfg.dtype == "bf16" and cfg.master_weights and "lora_rank" not in cfg.model:
         yield change("no float32 copies: small updates are lost", master_weights=False)
     yield from _structural(question, change)

@@ -12,15 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.doctor import measure, save_pair
 from benchmarks.doctor import write_config as write_pair_config
 
+from kd_recipes.compression.keeping import Keeping
 from kd_recipes.config import load_and_validate
 from kd_recipes.estimation import examine, render
 from kd_recipes.estimation.memory import Question, estimate_memory
 from kd_recipes.estimation.remedies import find_remedies
+from kd_recipes.teachers.loading import load_frozen
+from kd_recipes.training.faults import num_bytes
 from kd_recipes.training.preflight import check_models
-from toy import Toys, lora_section
+from toy import Toys, checkpointer_section, hf_config, lora_section, model_section
 
 WriteConfig = Callable[..., Path]
 
@@ -101,6 +105,40 @@ def test_what_to_change_is_what_saves(write_config: WriteConfig, tmp_path: Path)
     text = render(replace(tight, remedies=[*remedies.values()]))
     assert "does not fit" in text
     assert "smaller micro-batches" in text
+
+
+def test_a_teacher_in_fewer_bits(write_config: WriteConfig, toys: Toys, tmp_path: Path) -> None:
+    wide = {
+        "teacher_model": model_section(hf_config(toys.wide)),
+        "teacher_checkpointer": checkpointer_section(toys.wide),
+    }
+    config, setting = str(write_config(tmp_path, **wide)), "teacher_quantization=int4_g32"
+    memory = examine(config, [setting], device="H100").memory
+    assert memory is not None
+    cfg = load_and_validate(config, [setting], "distill")
+    keeping = Keeping.of("teacher_model", cfg.teacher_model, cfg)
+    parts, settings = (
+        (cfg.teacher_model, cfg.teacher_checkpointer),
+        {"dtype": torch.float32, "device": torch.device("cpu")},
+    )
+    model = load_frozen("teacher_model", *parts, keeping, **settings)
+    assert memory.parts["teacher: weights"] == pytest.approx(num_bytes(model.parameters()), rel=0.001)
+
+
+def test_a_teacher_in_host_memory(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    whole, offloaded = (examine(config, words, device="H100").memory for words in ([], ["teacher_cpu_offload=True"]))
+    assert whole is not None
+    assert offloaded is not None
+    assert offloaded.parts["teacher: weights"] < 0.9 * whole.parts["teacher: weights"]
+
+
+def test_a_teacher_in_bits_that_cannot_be_had_here(write_config: WriteConfig, tmp_path: Path) -> None:
+    version_2 = {"_component_": "torchao.quantization.Int4WeightOnlyConfig", "group_size": 32}  # for GPUs alone
+    report = examine(str(write_config(tmp_path, teacher_quantization=version_2)), device="H100")
+    assert [problem.partition(":")[0] for problem in report.problems] == ["teacher_quantization"]
+    assert report.memory is not None
+    assert report.memory.notes[0].startswith("teacher_quantization, which cannot be tried here: ")
 
 
 def test_devices_share_weights_and_adapters_need_little(write_config: WriteConfig, toys: Toys, tmp_path: Path) -> None:
