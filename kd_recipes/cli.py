@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_chat(commands: Any) -> None:
     chat = commands.add_parser("chat", help="talk to models, side by side")
-    chat.add_argument("words", metavar="CHECKPOINT", nargs="*", help="directories of models; after --config, key=value")
+    chat.add_argument(
+        "words", metavar="CHECKPOINT", nargs="*", help="models' directories and .gguf files; after --config, key=value"
+    )
     chat.add_argument("--config", metavar="FILE", help="of a distillation that has run: its teacher and best student")
     chat.add_argument("--temperature", metavar="T", type=float, default=0.7, help="0 for the likeliest; default: 0.7")
     chat.add_argument("--top-p", metavar="P", type=float, default=0.9, help="of the likeliest tokens; default: 0.9")
@@ -194,14 +196,14 @@ def _chat(options: argparse.Namespace) -> int:
     from kd_recipes.conversation import Sampling, Settings, converse
 
     overrides = [word for word in options.words if options.config and "=" in word]
-    directories = [Path(word) for word in options.words if word not in overrides]
+    checkpoints = [Path(word) for word in options.words if word not in overrides]
     sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.seed)
     settings = Settings(sampling, options.system, options.device, options.dtype, options.raw)
     try:
         cfg = None
         if options.config:
             cfg = load_and_validate(options.config, overrides, "distill", trusts_all=options.trust_config)
-        converse(directories, cfg, settings)
+        converse(checkpoints, cfg, settings)
     except ConfigError as error:
         _fail(f"There is nobody to talk to:\n{error}")
         return EXIT_BAD_INPUT

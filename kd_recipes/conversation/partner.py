@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
-from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.evaluation.sources import find_source
+from kd_recipes.errors import ConfigError, Problem, renamed
+from kd_recipes.evaluation.sources import find_source, is_gguf
+from kd_recipes.importing.gguf import import_gguf, open_gguf
 from kd_recipes.parts import load_model
 from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
+
+_KEY = "CHECKPOINT"  # as `kd-recipes chat` names them
 
 
 @dataclass
@@ -63,20 +67,34 @@ class Partner:
         return list(self.tokenizer({"messages": messages}, inference=True)["tokens"])
 
 
-def load_directory(
-    directory: Path, *, dtype: torch.dtype, device: torch.device
-) -> tuple[TransformerDecoder, HFTokenizer]:
-    """Model and tokenizer of a Hugging Face directory, as the recipes leave it.
+def check_checkpoint(path: Path) -> None:
+    """Look at a Hugging Face directory, as the recipes leave it, or a GGUF file, before anything is loaded.
 
     Raises:
         ConfigError: it is none.
     """
-    found = find_source("CHECKPOINT", str(directory))
-    if not (directory / "tokenizer.json").is_file():
-        raise ConfigError(Problem("CHECKPOINT", str(directory), "a directory with its tokenizer.json"))
-    tokenizer = hf_tokenizer(str(directory))
+    if is_gguf(str(path)):
+        renamed(_KEY, lambda: open_gguf(path))
+        return
+    if not all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+        raise ConfigError(Problem(_KEY, str(path), "a directory with config.json and tokenizer.json, or a .gguf file"))
+    find_source(_KEY, str(path))
+
+
+def load_checkpoint(path: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[TransformerDecoder, HFTokenizer]:
+    """Model and tokenizer of what :func:`check_checkpoint` found to be right.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if is_gguf(str(path)):
+        with TemporaryDirectory(prefix="kd-recipes-") as scratch:
+            directory = Path(scratch) / "model"
+            import_gguf(path, directory, dtype=dtype)
+            return load_checkpoint(directory, dtype=dtype, device=device)
+    found = find_source(_KEY, str(path))
     model = load_model("model", found.model, found.checkpointer, dtype=dtype, device=device).model.eval()
-    return model, tokenizer
+    return model, hf_tokenizer(str(path))
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -84,11 +102,11 @@ def has_template(tokenizer: Any) -> bool:
     return not isinstance(tokenizer, HFTokenizer) or tokenizer.chat_template is not None
 
 
-def short_names(directories: Sequence[Path]) -> list[str]:
+def short_names(checkpoints: Sequence[Path]) -> list[str]:
     """Of each path as much of its end as tells it from the others."""
-    parts = [path.resolve().parts for path in directories]
+    parts = [path.resolve().parts for path in checkpoints]
     for count in range(1, max(map(len, parts), default=0)):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in directories]
+    return [str(path) for path in checkpoints]

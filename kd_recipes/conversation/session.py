@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
 from kd_recipes import _torchtune
-from kd_recipes.conversation.partner import Partner, has_template, load_directory, short_names
+from kd_recipes.conversation.partner import Partner, check_checkpoint, has_template, load_checkpoint, short_names
 from kd_recipes.conversation.sampling import Sampling, stream
 from kd_recipes.conversation.screen import show
 from kd_recipes.errors import ConfigError, Problem
@@ -47,16 +47,16 @@ class Settings:
     is_raw: bool = False
 
 
-def converse(directories: Sequence[Path], cfg: DictConfig | None, settings: Settings) -> None:
-    """Talk to the models of some directories, and to teacher and student of a distillation.
+def converse(checkpoints: Sequence[Path], cfg: DictConfig | None, settings: Settings) -> None:
+    """Talk to the models of some checkpoints, and to teacher and student of a distillation.
 
     Args:
-        directories: of checkpoints.
+        checkpoints: directories, and GGUF files.
         cfg: of a distillation that has run; None for none.
         settings: how.
 
     Raises:
-        ConfigError: a directory holds no model, or a setting is out of its range.
+        ConfigError: a checkpoint is none, or a setting is out of its range.
     """
     _check(settings.sampling)
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # torchtune's RMSNorm, on purpose
@@ -64,12 +64,15 @@ def converse(directories: Sequence[Path], cfg: DictConfig | None, settings: Sett
     dtype = resolve_dtype(settings.dtype, device)
     partners: list[Partner] = []
     if cfg is not None:
+        checkpoints = [_student(Path(cfg.output_dir)), *checkpoints]
+    if not checkpoints:
+        raise ConfigError(Problem("CHECKPOINT", None, "a model's directory, a .gguf file, or --config FILE"))
+    for path in checkpoints:
+        check_checkpoint(path)
+    if cfg is not None:
         partners.append(_teacher(cfg, dtype, device, settings))
-        directories = [_student(Path(cfg.output_dir)), *directories]
-    if not directories:
-        raise ConfigError(Problem("CHECKPOINT", None, "a directory of a model, or --config FILE"))
-    for name, directory in zip(short_names(directories), directories, strict=True):
-        model, tokenizer = load_directory(directory, dtype=dtype, device=device)
+    for name, path in zip(short_names(checkpoints), checkpoints, strict=True):
+        model, tokenizer = load_checkpoint(path, dtype=dtype, device=device)
         partners.append(_partner(name, model, tokenizer, settings))
     for partner in partners:
         if partner.is_raw and not settings.is_raw:

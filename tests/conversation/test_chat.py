@@ -17,10 +17,14 @@ import pytest
 import torch
 from torchtune.data import Message
 
+from kd_recipes.compression import read_checkpoint
+from kd_recipes.config import load_and_validate
+from kd_recipes.conversation import session
 from kd_recipes.conversation.partner import Partner, short_names
 from kd_recipes.conversation.sampling import Sampling
 from kd_recipes.errors import ConfigError
 from kd_recipes.evaluation.generation import generate, text_of
+from kd_recipes.exporting.gguf import write_gguf
 from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
 from toy import Toys, load_sections
 
@@ -80,11 +84,30 @@ def test_a_config_brings_its_teacher_and_its_best_student(
     assert f"best:\n{_answers(toys.student, QUESTIONS)[0]}\n" in said.stdout
 
 
+def test_a_gguf_file_says_what_its_model_says(toys: Toys, tmp_path: Path) -> None:
+    write_gguf(read_checkpoint(toys.teacher), tmp_path / "teacher.gguf", "f32")
+    said = _piped(str(tmp_path / "teacher.gguf"), *GREEDY, text="the cat sat\n")
+    assert said.returncode == 0, said.stderr
+    assert f"teacher.gguf:\n{_answers(toys.teacher, QUESTIONS)[0]}\n" in said.stdout
+
+
+def test_all_are_looked_at_before_one_is_loaded(
+    write_config: Callable[..., Path], toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toys.student, tmp_path / "run" / "best")
+    (tmp_path / "run" / "best" / "tokenizer.json").unlink()
+    monkeypatch.setattr(session, "load_model", None)
+    cfg = load_and_validate(str(write_config(tmp_path)), [], "distill")
+    with pytest.raises(ConfigError, match=r"best', wanted a directory with config.json and tokenizer.json"):
+        session.converse([], cfg, session.Settings(Sampling(0.0, 1.0, 12, 0), dtype="fp32"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "CHECKPOINT: got None, wanted a directory of a model, or --config FILE"),
-        (["nowhere"], "CHECKPOINT: got 'nowhere', wanted a Hugging Face checkpoint directory"),
+        ([], "CHECKPOINT: got None, wanted a model's directory, a .gguf file, or --config FILE"),
+        (["nowhere"], "CHECKPOINT: got 'nowhere', wanted a directory with config.json and tokenizer.json"),
+        (["nowhere.gguf"], "CHECKPOINT: got 'nowhere.gguf', wanted a file that exists"),
         (["nowhere", "--top-p", "0"], "--top-p: got 0.0, wanted a number above 0, at most 1"),
         (["nowhere", "--device", "mars"], "--device: got 'mars', wanted a device"),
     ],
