@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,28 @@ _FACTS_BYTES = 12  # of a position, whatever is kept of it
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What a teacher has said, before it is compressed.
+
+    Args:
+        token_bytes: most bytes of a token.
+        num_tokens: at most as many, if all that a run sees is new; None where it follows from the data.
+        place: the directory that there is.
+        free: bytes there.
+    """
+
+    token_bytes: float
+    num_tokens: int | None
+    place: str
+    free: int
+
+    @property
+    def num_bytes(self) -> int | None:
+        """The most bytes; None where they follow from the data."""
+        return None if self.num_tokens is None else round(self.token_bytes * self.num_tokens)
+
+
+@dataclass(frozen=True)
 class Disk:
     """Of one run.
 
@@ -25,21 +48,24 @@ class Disk:
         parts: name -> bytes.
         place: the directory that there is.
         free: bytes there.
-        cache_bytes: most bytes of a token in a cached teacher's files, before they are compressed; None without one.
+        cache: of the teacher; None without one.
     """
 
     parts: dict[str, int]
     place: str
     free: int
-    cache_bytes: float | None
+    cache: Cache | None
 
     @property
-    def total(self) -> int:
-        """Bytes, without a cache."""
-        return sum(self.parts.values())
+    def fits(self) -> bool:
+        """Whether there is room, as far as is known."""
+        total, cached = sum(self.parts.values()), (self.cache.num_bytes or 0) if self.cache is not None else 0
+        if self.cache is None or os.stat(self.place).st_dev == os.stat(self.cache.place).st_dev:
+            return total + cached <= self.free
+        return total <= self.free and cached <= self.cache.free
 
 
-def estimate_disk(cfg: DictConfig, *, checkpoint: int, student: int, num_ids: int) -> Disk:
+def estimate_disk(cfg: DictConfig, *, checkpoint: int, student: int, num_ids: int, num_tokens: int | None) -> Disk:
     """What a distillation writes.
 
     Args:
@@ -47,6 +73,7 @@ def estimate_disk(cfg: DictConfig, *, checkpoint: int, student: int, num_ids: in
         checkpoint: bytes of one.
         student: bytes of its weights, for where its files are not here.
         num_ids: of the vocabulary.
+        num_tokens: that the run sees at most; None where they follow from the data.
 
     Raises:
         ConfigError: a cache's encoding cannot be built.
@@ -57,14 +84,20 @@ def estimate_disk(cfg: DictConfig, *, checkpoint: int, student: int, num_ids: in
         "students (best, final)": bytes_to_write(cfg).get("students", exports),
         f"checkpoints ({count} at most)": checkpoint * count,
     }
-    place = nearest_existing(Path(cfg.output_dir))
-    return Disk(parts, str(place), shutil.disk_usage(place).free, _cache_bytes(cfg, num_ids))
+    place, free = _free(cfg.output_dir)
+    return Disk(parts, place, free, _cache(cfg, num_ids, num_tokens))
 
 
-def _cache_bytes(cfg: DictConfig, num_ids: int) -> float | None:
+def _free(path: str) -> tuple[str, int]:
+    """The directory that there is on the way to another, and the bytes that are free there."""
+    place = nearest_existing(Path(path))
+    return str(place), shutil.disk_usage(place).free
+
+
+def _cache(cfg: DictConfig, num_ids: int, num_tokens: int | None) -> Cache | None:
     encoding = (cfg.teacher or {}).get("encoding")
     if encoding is None:
         return None
     built = build("teacher.encoding", encoding)
     bits = math.ceil(math.log2(num_ids)) + _LOG_BITS * (2 if built.is_drawn else 1)
-    return float(built.width) * bits / 8 + _FACTS_BYTES
+    return Cache(float(built.width) * bits / 8 + _FACTS_BYTES, num_tokens, *_free(cfg.teacher.path))

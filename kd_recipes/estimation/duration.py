@@ -26,6 +26,7 @@ class Duration:
         utilization: share of the device's peak that is assumed.
         step_seconds: None where the device's speed is not known.
         num_steps: None where they follow from the data, which nobody has looked at.
+        num_tokens: of all steps and devices; None likewise.
         run_seconds: of all steps and evaluations; None where something of it is not known.
         tokens_per_second: of all devices.
     """
@@ -34,6 +35,7 @@ class Duration:
     utilization: float
     step_seconds: float | None
     num_steps: int | None
+    num_tokens: int | None
     run_seconds: float | None
     tokens_per_second: float | None
 
@@ -58,17 +60,17 @@ def estimate_duration(
     if cfg.enable_activation_checkpointing:
         flops += count * student.forward(Work(work.num_positions, work.num_pairs, 0))
     share = _GPU if machine.kind == "cuda" else _CPU[cfg.dtype]
-    num_steps = _num_steps(cfg)
+    num_steps, step_tokens = _num_steps(cfg), shape.num_tokens * count * machine.num_devices
+    num_tokens = None if num_steps is None else num_steps * step_tokens
     if machine.flops is None:
-        return Duration(flops, share, None, num_steps, None, None)
+        return Duration(flops, share, None, num_steps, num_tokens, None, None)
     speed = machine.flops * share
     seconds = flops / speed
     total = None
     if num_steps is not None:
         held_out = (student.forward(work) + (teacher.forward(work) if teacher else 0)) / speed
         total = num_steps * seconds + _num_held_out_batches(cfg, num_steps) * held_out
-    tokens = shape.num_tokens * count * machine.num_devices
-    return Duration(flops, share, seconds, num_steps, total, tokens / seconds)
+    return Duration(flops, share, seconds, num_steps, num_tokens, total, step_tokens / seconds)
 
 
 def _num_steps(cfg: DictConfig) -> int | None:

@@ -133,7 +133,11 @@ class Question:
 
     def teacher(self) -> TransformerDecoder | None:
         """Likewise; None where no model runs beside the student."""
-        if not loads_teacher_model(self.cfg):
+        return self.named_teacher() if loads_teacher_model(self.cfg) else None
+
+    def named_teacher(self) -> TransformerDecoder | None:
+        """``teacher_model``, also where a cache answers in its place; None where the config has none."""
+        if self.cfg.teacher_model is None:
             return None
         model = build_model(
             "teacher_model", self.cfg.teacher_model, dtype=self.teacher_dtype, device=torch.device("meta")

@@ -63,7 +63,7 @@ class Report:
         """Whether memory and disk suffice, as far as is known."""
         limit = self.machine.memory
         has_memory = self.memory is None or limit is None or self.memory.peak <= limit
-        return has_memory and (self.disk is None or self.disk.total <= self.disk.free)
+        return has_memory and (self.disk is None or self.disk.fits)
 
     @property
     def exit_status(self) -> int:
@@ -98,7 +98,7 @@ def examine(
     Raises:
         ConfigError: the config is none, or an argument of this function is wrong: there is nothing to estimate.
     """
-    cfg = load_and_validate(file, overrides, "distill", trusts_all=trusts_all)
+    cfg = _load(file, overrides, trusts_all=trusts_all)
     if num_devices < 1:
         raise ConfigError(Problem("--num-devices", num_devices, "a whole number above 0"))
     program = psutil.Process(os.getpid()).memory_info().rss
@@ -115,22 +115,35 @@ def examine(
     if memory is None:
         return Report(file, machine, length, _lines(cfg, problems))
     known = _known(question)
-    num_ids = min(size.num_rows for size in known.values())
-    student_bytes = memory.parts["student: weights"]
+    duration = _duration(question)
+    sizes_on_disk = {
+        "checkpoint": memory.checkpoint,
+        "student": question.dtype.itemsize * sum(parameter.numel() for parameter in question.student().parameters()),
+        "num_ids": min(size.num_rows for size in known.values()),
+    }
     report = Report(
         file,
         machine,
         length,
         comparisons=compare(cfg, known),
         memory=memory,
-        disk=_collect(
-            problems,
-            partial(estimate_disk, cfg, checkpoint=memory.checkpoint, student=student_bytes, num_ids=num_ids),
-        ),
-        duration=_duration(question),
+        disk=_collect(problems, partial(estimate_disk, cfg, num_tokens=duration.num_tokens, **sizes_on_disk)),
+        duration=duration,
     )
     remedies = [] if report.fits else find_remedies(question, memory)
     return Report(**{**vars(report), "problems": _lines(cfg, problems), "remedies": remedies})
+
+
+def _load(file: str, overrides: Sequence[str], *, trusts_all: bool) -> DictConfig:
+    try:
+        return load_and_validate(file, overrides, "distill", trusts_all=trusts_all)
+    except ConfigError as error:
+        others = [problem.got for problem in error.problems if problem.key == "recipe"]
+        if others:
+            remedy = "A pipeline leaves the config of each of its steps in configs/ of its output_dir"
+            wanted = "distill: other recipes are not estimated"
+            raise ConfigError(Problem("recipe", others[0], wanted, remedy)) from error
+        raise
 
 
 def _collect(problems: list[Problem], check: Callable[[], T]) -> T | None:
@@ -181,7 +194,7 @@ def _check(cfg: DictConfig) -> dict[str, _torchtune.ModelSize]:
 
 def _known(question: Question) -> dict[str, _torchtune.ModelSize]:
     """Sizes by the builders alone, since files may be missing."""
-    models = {"model": question.student(), "teacher_model": question.teacher()}
+    models = {"model": question.student(), "teacher_model": question.named_teacher()}
     return {key: _torchtune.model_size(model) for key, model in models.items() if model is not None}
 
 
@@ -256,10 +269,11 @@ def _disk_lines(disk: Disk) -> Iterator[str]:
     width = max(map(len, [*disk.parts, place]))
     for name, size in disk.parts.items():
         yield f"  {name:{width}} {_gib(size):>8}"
-    verdict = "fits" if disk.total <= disk.free else "does not fit"
-    yield f"  {place:{width}} {_gib(disk.free):>8}  {verdict}"
-    if disk.cache_bytes is not None:
-        yield f"  the teacher's cache: at most {_gib(round(disk.cache_bytes * 1e6))} a million tokens"
+    yield f"  {place:{width}} {_gib(disk.free):>8}  {'fits' if disk.fits else 'does not fit'}"
+    if (cache := disk.cache) is not None:
+        million = f"at most {_gib(round(cache.token_bytes * 1e6))} a million tokens"
+        whole = "" if cache.num_bytes is None else f", {_gib(cache.num_bytes)} for all that the run sees"
+        yield f"  the teacher's cache: {million}{whole}; free in {cache.place}: {_gib(cache.free)}"
 
 
 def _duration_lines(duration: Duration, machine: Machine) -> Iterator[str]:

@@ -141,6 +141,38 @@ def test_a_teacher_in_bits_that_cannot_be_had_here(write_config: WriteConfig, tm
     assert report.memory.notes[0].startswith("teacher_quantization, which cannot be tried here: ")
 
 
+def test_a_cache_and_the_teacher_that_it_is_of(write_config: WriteConfig, tmp_path: Path) -> None:
+    encoding = {"_component_": "kd_recipes.teachers.TopK", "k": 8}
+    section = {"_component_": "kd_recipes.teachers.CachedTeacher", "path": str(tmp_path / "cache"), "encoding": encoding}
+    config = str(write_config(tmp_path, teacher=section, max_steps=10))
+    report = examine(config, ["batch_size=2"])
+    assert report.memory is not None
+    assert "teacher: weights" not in report.memory.parts
+    assert {c.what: c.verdict for c in report.comparisons}["tokens"] == "the same map"
+    assert report.disk is not None
+    assert report.disk.cache is not None
+    assert report.disk.cache.num_tokens == 10 * 2 * report.length
+    assert "for all that the run sees" in render(report)
+    cramped = replace(report, disk=replace(report.disk, free=sum(report.disk.parts.values())))
+    assert not cramped.fits
+
+
+def test_the_student_on_disk_is_whole_on_any_number_of_devices(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    missing = ["checkpointer.checkpoint_dir=nowhere"]
+    alone, shared = (examine(config, missing, device="H100", num_devices=number).disk for number in (1, 4))
+    assert alone is not None
+    assert shared is not None
+    assert alone.parts == shared.parts
+
+
+def test_another_recipes_config(tmp_path: Path) -> None:
+    said = _doctor("--config", "pipeline_quickstart")
+    assert said.returncode == 2
+    assert "recipe: got 'pipeline', wanted distill" in said.stderr
+    assert "configs/ of its output_dir" in said.stderr
+
+
 def test_devices_share_weights_and_adapters_need_little(write_config: WriteConfig, toys: Toys, tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
     alone, shared = (examine(config, device="H100", num_devices=number).memory for number in (1, 4))
