@@ -131,9 +131,10 @@ def _problems(correction: Mapping[str, Any], output_dir: str) -> Iterator[Proble
             remedy = f"Did you mean `{near[0]}`?" if near else ""
             wanted = "a setting of the adapters, or one of the distillation's that is not about student or teacher"
             yield Problem(f"correction.{name}", name, wanted, remedy)
-    if correction.get("output_dir") in (None, output_dir):
+    place = correction.get("output_dir")
+    if place is None or Path(place).resolve() == Path(output_dir).resolve():
         wanted = "a directory for the corrected teacher, apart from the distillation's"
-        yield Problem("correction.output_dir", correction.get("output_dir"), wanted)
+        yield Problem("correction.output_dir", place, wanted)
 
 
 def lora_section(section: DictConfig, adapter: Mapping[str, Any]) -> DictConfig:

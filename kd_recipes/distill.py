@@ -35,7 +35,7 @@ from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Constraints
 from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
 from kd_recipes.training.data import Loader, accumulate, build_loader, count_steps, samples_per_step, weigh
-from kd_recipes.training.faults import Interruption, RunInterrupted, explain_memory, name_late_processes, num_bytes
+from kd_recipes.training.faults import GOOD_SO_FAR, Interruption, explain_memory, name_late_processes, num_bytes
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_models, loads_teacher_model, needs_teacher, preflight
@@ -73,7 +73,7 @@ class DistillRecipe(FTRecipeInterface):
         self.step, self._best = 0, math.inf
         self._held_out: dict[int, HeldOut] = {}
         self._is_evaluated, self._is_stopped, self._saved_at, self._num_skipped = False, False, 0, 0
-        self._interruption = Interruption(self._parallel)
+        self._ending = Interruption(self._parallel)
         self._saving = self._parallel.aside("saving", cfg.distributed_timeout)
         self._best_state = RunDirectory(self._run.path / _BEST_STATE, keep_last_n=1)
         self._background = Background(self._run, self._saving, enabled=cfg.enable_async_checkpointing)
@@ -110,7 +110,7 @@ class DistillRecipe(FTRecipeInterface):
         pair = Pair(cfg, self._dtype, self._device, self._parallel, self._features)
         pair.compare(source, {"dataset": self._loader, "eval_dataset": self._eval_loader})
         self.student = pair.student(self._constraints)
-        self._teacher = pair.teacher(source, self._tokenizer, self._num_ids)
+        self._teacher = pair.teacher(source, self._tokenizer, self._num_ids, lambda: self._ending.check(self.step))
         self._online = self._teacher.online if self._teacher else None
         asked = self._teacher.models if self._teacher and needs_teacher(cfg) else ()
         self._meter = StepMeter(self._device, self.student.model, asked)
@@ -166,13 +166,13 @@ class DistillRecipe(FTRecipeInterface):
         """Run to the last step, then write the final student.
 
         Raises:
-            RunInterrupted: a signal asked the process to end; the run is saved.
+            RunInterrupted: a signal asked the process to end; the run is saved, as before a TeacherAwayError.
         """
         waiting = [name_late_processes(p, self._cfg.distributed_timeout) for p in (self._parallel, self._saving)]
-        with self._interruption, waiting[0], waiting[1], explain_memory(self._cfg, self._sizes()):
+        with self._ending, waiting[0], waiting[1], explain_memory(self._cfg, self._sizes()):
             try:
                 self._train()
-            except RunInterrupted:
+            except GOOD_SO_FAR:
                 if self._saved_at < self.step:
                     self.save_checkpoint()
                 raise
@@ -217,7 +217,7 @@ class DistillRecipe(FTRecipeInterface):
             ends_epoch = self.step % self._steps_per_epoch == 0
             if self._is_due(self._cfg.save_every_n_steps) or ends_epoch or self.step == self.num_steps:
                 self.save_checkpoint()
-            self._interruption.check(self.step)
+            self._ending.check(self.step)
             if ends_epoch or self.step == self.num_steps or self._is_stopped:
                 return
 
@@ -280,7 +280,7 @@ class DistillRecipe(FTRecipeInterface):
             self.student,
             self._teacher.signal if self._teacher else None,
             tqdm(
-                self._interruption.until(self._teacher.ahead(batches) if self._teacher else batches, self.step),
+                self._ending.until(self._teacher.ahead(batches) if self._teacher else batches, self.step),
                 total=min(limit, len(self._eval_loader)),
                 desc="held-out",
                 leave=False,

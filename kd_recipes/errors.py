@@ -45,6 +45,10 @@ class RunError(RuntimeError):
     exit_status = 1
 
 
+class TeacherAwayError(RunError):
+    """A teacher on another machine gives no answers any more; what has been computed by then is good."""
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, with its type where that is needed to understand it (``KeyError('text')``)."""
     text = " ".join(str(error).split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,16 +103,19 @@ class Pair:
                 remedy = "tune run kd_recipes.cache_teacher with this config adds what is missing"
                 yield Problem(key, f"{count:,} that are missing, or have other labels", wanted, remedy)
 
-    def teacher(self, source: TeacherSource | None, tokenizer: Any, num_ids: int) -> Teacher | None:
+    def teacher(
+        self, source: TeacherSource | None, tokenizer: Any, num_ids: int, look_up: Callable[[], None] = lambda: None
+    ) -> Teacher | None:
         """The teacher; None where nothing asks for one.
 
         Args:
             source: that it comes from; None for ``teacher_model``.
             tokenizer: of torchtune's protocol.
             num_ids: ids that the student has, without padding.
+            look_up: called while a server is waited for; raises where the run is to end.
         """
         if source is not None:
-            teacher = source.open(self.surroundings(tokenizer, num_ids))
+            teacher = source.open(self.surroundings(tokenizer, num_ids, look_up))
             is_watched = self.cfg.health is not None and self.cfg.eval_dataset is not None
             if teacher.online is None and is_watched and self.parallel.is_main:
                 print("health: no teacher model is loaded that could write texts, so what texts tell is not watched")
@@ -122,9 +125,11 @@ class Pair:
         section = {"model": self.cfg.teacher_model, "checkpointer": self.cfg.teacher_checkpointer}
         return self._load_teacher("teacher_model", DictConfig(section))
 
-    def surroundings(self, tokenizer: Any, num_ids: int) -> Surroundings:
+    def surroundings(self, tokenizer: Any, num_ids: int, look_up: Callable[[], None] = lambda: None) -> Surroundings:
         """What a teacher is opened with; arguments as of :meth:`teacher`."""
-        return Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher)
+        is_alone = self.parallel.world_size == 1  # others would wait for one that ends within a step
+        hooks = (self._load_teacher, look_up) if is_alone else (self._load_teacher,)
+        return Surroundings(self.cfg, tokenizer, num_ids, self.device, *hooks)
 
     def _load_teacher(self, key: str, section: DictConfig) -> OnlineTeacher:
         """A teacher that runs beside the student: see :class:`~kd_recipes.teachers.Surroundings`."""

@@ -84,6 +84,8 @@ def parse_format(value: str | Mapping[str, Any], key: str) -> WeightFormat:
 
     if not isinstance(config, AOBaseConfig) or isinstance(config, FqnToConfig):
         raise ConfigError(Problem(key, name, f"one configuration for all layers: {FORMATS}"))
+    if "WeightOnly" not in type(config).__name__:  # torchao's others round activations, or change modules for training
+        raise ConfigError(Problem(key, name, "a weight-only configuration, such as Int8WeightOnlyConfig"))
     return WeightFormat(name, _by_configuration(config))
 
 

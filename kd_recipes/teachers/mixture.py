@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from kd_recipes.teachers.teacher import Surroundings, TeacherSource
 _REQUIRED, _OPTIONAL = ("model", "checkpointer"), ("dtype", "device", "quantization", "cpu_offload")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # it becomes part of the names of metrics
 _DATA = ("dataset", "eval_dataset")
+_MOST = 1e100  # of a weight: sums of them are numbers, too
 
 
 class Mixture(TeacherSource):
@@ -56,8 +56,8 @@ class Mixture(TeacherSource):
         if problems:
             raise ConfigError(*problems)
         self._sections: dict[str, DictConfig] = {name: OmegaConf.create(dict(s)) for name, s in named.items()}
-        weights_WM = torch.tensor([[float(row[name]) for name in named] for row in rows])
-        self._weights_WM = weights_WM / weights_WM.sum(-1, keepdim=True)
+        weights_WM = torch.tensor([[float(row[name]) for name in named] for row in rows], dtype=torch.float64)
+        self._weights_WM = (weights_WM / weights_WM.sum(-1, keepdim=True)).float()
 
     def models(self) -> dict[str, DictConfig]:
         """Those of all teachers."""
@@ -117,13 +117,13 @@ def _weight_problems(key: str, row: Any, named: Iterable[str]) -> Iterator[Probl
         yield Problem(key, got, f"a number for each of {', '.join(names)}, or a list of such mappings")
         return
     wrong = {name: row[name] for name in names if not _is_share(row[name])}
-    yield from (Problem(f"{key}.{name}", value, "a number from 0") for name, value in wrong.items())
+    yield from (Problem(f"{key}.{name}", value, f"a number from 0 to {_MOST:g}") for name, value in wrong.items())
     if not wrong and not sum(row[name] for name in names):
         yield Problem(key, dict.fromkeys(names, 0), "a number above 0 among them")
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 class MixedTeachers:

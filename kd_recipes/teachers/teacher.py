@@ -54,6 +54,7 @@ class Surroundings:
         load: loads a model: (its key for messages, a section of ``model``, ``checkpointer`` and, where they are not to
             be those of the config, ``dtype``, ``device``, ``quantization`` and ``cpu_offload``) -> a teacher that runs
             here.
+        look_up: called from time to time while an answer is waited for; raises where the run is to end.
     """
 
     cfg: DictConfig
@@ -61,6 +62,7 @@ class Surroundings:
     num_ids: int
     device: torch.device
     load: Callable[[str, DictConfig], OnlineTeacher]
+    look_up: Callable[[], None] = lambda: None
 
 
 class TeacherSource(ABC):

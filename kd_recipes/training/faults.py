@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from kd_recipes import _torchtune
 from kd_recipes.batch import Batch
-from kd_recipes.errors import RunError
+from kd_recipes.errors import RunError, TeacherAwayError
 from kd_recipes.training.parallel import Parallel
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -37,6 +37,9 @@ class RunInterrupted(RunError):
         where = f"after step {step}, which is saved; resume_from_checkpoint=True goes on from there"
         super().__init__(f"{signal.Signals(number).name} {where if step else 'before the first step'}")
         self.exit_status = 128 + number  # as a shell says it
+
+
+GOOD_SO_FAR = (RunInterrupted, TeacherAwayError)  # what ends a run whose last step is worth saving
 
 
 class Interruption:

@@ -143,7 +143,11 @@ def test_a_teacher_in_bits_that_cannot_be_had_here(write_config: WriteConfig, tm
 
 def test_a_cache_and_the_teacher_that_it_is_of(write_config: WriteConfig, tmp_path: Path) -> None:
     encoding = {"_component_": "kd_recipes.teachers.TopK", "k": 8}
-    section = {"_component_": "kd_recipes.teachers.CachedTeacher", "path": str(tmp_path / "cache"), "encoding": encoding}
+    section = {
+        "_component_": "kd_recipes.teachers.CachedTeacher",
+        "path": str(tmp_path / "cache"),
+        "encoding": encoding,
+    }
     config = str(write_config(tmp_path, teacher=section, max_steps=10))
     report = examine(config, ["batch_size=2"])
     assert report.memory is not None

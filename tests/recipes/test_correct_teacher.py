@@ -140,6 +140,7 @@ def test_a_builder_without_a_twin_is_an_error() -> None:
         ({"lora_rnk": 4}, [], "Did you mean `lora_rank`?"),
         ({"kd_ratio": 0.5}, [], "correction.kd_ratio: got 'kd_ratio', wanted"),
         ({"output_dir": None}, [], "correction.output_dir: got None, wanted a directory"),
+        ({"output_dir": "${output_dir}/."}, [], "wanted a directory for the corrected teacher, apart from"),
         ({}, ["~eval_dataset"], "eval_dataset: got None"),
         ({}, ["~correction"], "correction: got None"),
         ({}, ["recipe=distill"], "recipe: got 'distill', wanted `correct_teacher`"),
@@ -157,3 +158,25 @@ def test_what_is_refused(
     assert run_recipe("correct_teacher", ["--config", str(config), *overrides]) == EXIT_BAD_INPUT
     assert message in capsys.readouterr().err
     assert not (tmp_path / "corrected").exists()
+
+
+def test_torchtunes_own_recipe_corrects_a_teacher_too(write_config: WriteConfig, toys: Toys, tmp_path: Path) -> None:
+    ours: Any = OmegaConf.load(write_config(tmp_path, recipe=None))
+    lora = {**lora_section(ours.teacher_model, {}), "lora_dropout": 0.0}
+    checkpointer = {**ours.teacher_checkpointer, "output_dir": str(tmp_path / "corrected")}
+    sections = {"model": lora, "checkpointer": checkpointer, "tokenizer": ours.tokenizer, "dataset": ours.dataset}
+    run = {"output_dir": str(tmp_path / "corrected"), "device": "cpu", "dtype": "fp32", "epochs": 1, "seed": 0}
+    steps = {"max_steps_per_epoch": 6, "gradient_accumulation_steps": 1, "optimizer": {"lr": 1e-2}}
+    assert run_tune("cp", "qwen2_5/0.5B_lora_single_device", "correct.yaml", cwd=tmp_path).returncode == 0
+    theirs: Any = OmegaConf.load(tmp_path / "correct.yaml")
+    kept = {name: value for name, value in theirs.items() if name not in sections}
+    merged = OmegaConf.merge(
+        kept, sections, run, steps, {"optimizer": {"fused": False}, "lr_scheduler": {"num_warmup_steps": 1}}
+    )
+    OmegaConf.save(merged, tmp_path / "correct.yaml")
+    done = run_tune("run", "lora_finetune_single_device", "--config", str(tmp_path / "correct.yaml"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    corrected = tmp_path / "corrected" / "epoch_0"
+    assert _held_out_loss(corrected) < _held_out_loss(toys.teacher) - 0.1
+    place = f"teacher_checkpointer.checkpoint_dir={corrected}"
+    distill(tmp_path / "config.yaml", place, "teacher_checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]")

@@ -125,7 +125,7 @@ def test_weights_by_data_set(packed: bool, mixed: Callable[..., Path], toys: Toy
 
 
 def test_the_heaviest_writes_texts_and_all_are_counted(mixed: Callable[..., Path]) -> None:
-    recipe = prepare(mixed(weights={"large": 1, "wide": 2}))
+    recipe = prepare(mixed(weights={"large": 1e39, "wide": 2e39}))  # beyond float32; their shares are not
     assert recipe._teacher is not None
     large, wide = recipe._teacher.models
     assert recipe._teacher.online is not None
@@ -158,6 +158,10 @@ def test_two_processes_do_what_one_does(mixed: Callable[..., Path], tmp_path: Pa
     [
         ({"weights": {"large": 1}}, "teacher.weights: got ['large'], wanted a number for each of large, wide"),
         ({"weights": {"large": 1, "wide": -1}}, "teacher.weights.wide: got -1, wanted a number from 0"),
+        (
+            {"weights": {"large": 1e200, "wide": 1}},
+            "teacher.weights.large: got 1e+200, wanted a number from 0 to 1e+100",
+        ),
         ({"weights": {"large": 0, "wide": 0}}, "wanted a number above 0 among them"),
         ({"weights": "by_likelihood"}, "teacher.weights: got 'by_likelihood', wanted a number for each of large, wide"),
         ({"weights": []}, "teacher.weights: got [], wanted some"),

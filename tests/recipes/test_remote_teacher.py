@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -167,7 +169,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(
 ) -> None:
     served = serve(nap=0.1)
     teacher = {"num_ahead": 0, "max_concurrency": 1, "max_wait_s": 1.5}
-    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=1)
+    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=None)
     watcher = _when(served, 7, served.kill)
     assert run_recipe("distill", ["--config", str(config)]) == EXIT_STOPPED
     watcher.join()
@@ -177,6 +179,27 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(
     assert [*(tmp_path / "run" / "checkpoints").glob("step_*")]
     served.start()
     assert run_recipe("distill", ["--config", str(config), "resume_from_checkpoint=True"]) == 0
+
+
+def test_a_run_that_waits_for_a_server_can_be_asked_to_end(
+    write: Write, serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    served = serve(nap=0.1)
+
+    def leave() -> None:
+        served.kill()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teacher = {"num_ahead": 0, "max_concurrency": 1, "max_wait_s": 120}
+    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=None)
+    watcher = _when(served, 7, leave)
+    begun = time.monotonic()
+    assert run_recipe("distill", ["--config", str(config)]) == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 60
+    watcher.join()
+    step = int(re.search(r"SIGTERM after step (\d), which is saved", capfd.readouterr().err)[1])  # type: ignore[index]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == [f"step_{step:08}"]
 
 
 def test_the_key_is_seen_by_nobody(

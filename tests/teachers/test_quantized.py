@@ -204,6 +204,7 @@ def test_a_configuration_of_torchaos(toys: Toys) -> None:
         ("int9", "wanted int8, int4"),
         ("int4_g48", "wanted int8, int4"),
         ({"_component_": "torchao.quantization.IntxWeightOnlyConfig", "wieght_dtype": "torch.int4"}, "wieght_dtype"),
+        ({"_component_": "torchao.quantization.Int8DynamicActivationInt8WeightConfig"}, "a weight-only configuration"),
         ({"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 2}, "one configuration for all layers"),
     ],
 )

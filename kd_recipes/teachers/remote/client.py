@@ -18,7 +18,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout, parse_url
 
-from kd_recipes.errors import RunError, one_line
+from kd_recipes.errors import RunError, TeacherAwayError, one_line
 
 T = TypeVar("T")
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 20.0
@@ -64,8 +64,8 @@ class Client:
     Args:
         url: of the API, such as ``http://host:8000/v1``.
         key: that it wants; None for none. It stands in no message.
-        timeout_s: that it may take for an answer.
-        max_wait_s: that it may be away.
+        timeout_s: that it may be silent before and within an answer.
+        max_wait_s: that it may be away: no try begins after them.
         max_concurrency: questions at a time.
     """
 
@@ -88,7 +88,8 @@ class Client:
             max_wait_s: instead of the client's own.
 
         Raises:
-            RunError: the server refuses, or has been away too long.
+            RunError: the server refuses.
+            TeacherAwayError: it has been away too long.
         """
         limit = self._max_wait_s if max_wait_s is None else max_wait_s
         begun = time.monotonic()
@@ -99,7 +100,8 @@ class Client:
                 delay = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**number) * random.uniform(0.5, 1.0)
                 delay = max(delay, error.delay_s)
                 if time.monotonic() - begun + delay > limit:
-                    raise RunError(self._given_up(request, number + 1, time.monotonic() - begun, error)) from error
+                    seconds = time.monotonic() - begun
+                    raise TeacherAwayError(self._given_up(request, number + 1, seconds, error)) from error
                 self._tell(f"{error}; asking again for up to {limit:.0f} s (max_wait_s)", is_away=True)
                 time.sleep(delay)
             else:
@@ -134,8 +136,8 @@ class Client:
     def _given_up(self, request: Request, tries: int, seconds: float, error: Exception) -> str:
         return (
             f"remote teacher: {self.url} gave no answer to {request.path} in {seconds:.0f} s (max_wait_s) and {tries} "
-            f"tries, each of at most {self._timeout_s:.0f} s (timeout_s); the last: {error}. Start it again; "
-            "a run goes on from its last checkpoint with resume_from_checkpoint=True"
+            f"tries, each given up after {self._timeout_s:.0f} s of silence (timeout_s); the last: {error}. Start it "
+            "again; a run goes on from its last checkpoint with resume_from_checkpoint=True"
         )
 
     def _tell(self, text: str, *, is_away: bool) -> None:

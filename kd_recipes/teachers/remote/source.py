@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain
 from typing import Any
@@ -34,6 +34,7 @@ from kd_recipes.teachers.teacher import CacheableSource, ProbedTeacher, Surround
 
 MAX_K = 4096
 _FIRST_WAIT_S = 15.0  # for a server before a run: what is not there then is more likely misspelt than restarted
+_SECONDS_BETWEEN_LOOKS = 0.5
 _PROBE_LENGTH = 32  # tokens of it that the teacher is known by again
 _PROBE = """The year 1984 (a novel by G. Orwell) isn't over: "Qu'est-ce que c'est?", 3.14159 naïve cafés.
 
@@ -54,8 +55,8 @@ class RemoteTeacher(CacheableSource):
         k: likeliest ids of a position that are asked for; what all others have together is known, too.
         dialect: ``vllm`` or ``llama_cpp_python``.
         api_key_env: name of the environment variable with the key that the server wants.
-        timeout_s: seconds that one answer may take, waiting for others included.
-        max_wait_s: seconds that the server may give none, before the run ends.
+        timeout_s: seconds that the server may be silent before and within an answer.
+        max_wait_s: seconds that it may give none; no try begins after them, and the run ends.
         max_concurrency: questions that it is asked at a time, by each process.
         num_ahead: batches that are asked about before they are needed.
     """
@@ -152,6 +153,7 @@ class RemoteTeacher(CacheableSource):
             num_ids=around.num_ids,
             num_ahead=self._num_ahead,
             probe=probe[:_PROBE_LENGTH],
+            look_up=around.look_up,
         )
 
 
@@ -205,12 +207,21 @@ class Remote(ProbedTeacher):
         num_ids: that student and teacher share.
         num_ahead: batches that are asked about before they are needed.
         probe: ids of a text that tells this teacher from others.
+        look_up: called while an answer is waited for; raises where the run is to end.
     """
 
     def __init__(
-        self, client: Client, dialect: Dialect, workers: Workers, *, num_ids: int, num_ahead: int, probe: list[int]
+        self,
+        client: Client,
+        dialect: Dialect,
+        workers: Workers,
+        *,
+        num_ids: int,
+        num_ahead: int,
+        probe: list[int],
+        look_up: Callable[[], None] = lambda: None,
     ) -> None:
-        self._client, self._dialect, self._workers = client, dialect, workers
+        self._client, self._dialect, self._workers, self._look_up = client, dialect, workers, look_up
         self._num_ids, self._num_ahead, self._probe = num_ids, num_ahead, probe
         # what is asked about a batch lives as long as the batch, and is shared by batches with the same document
         self._of_batch: WeakKeyDictionary[Batch, list[Future[Rows]]] = WeakKeyDictionary()
@@ -248,8 +259,17 @@ class Remote(ProbedTeacher):
             RunError: the server refuses, or has been away too long.
         """
         futures = self._ask(batch)
-        answers = [future.result().first(self._num_ids) for future in futures]
+        answers = [self._wait(future).first(self._num_ids) for future in futures]
         return self._signal(batch, documents(batch), answers).to(batch.tokens_BS.device)
+
+    def _wait(self, future: Future[Rows]) -> Rows:
+        while True:
+            try:
+                return future.result(timeout=_SECONDS_BETWEEN_LOOKS)
+            except TimeoutError:
+                if future.done():  # then it is the answer's own
+                    raise
+                self._look_up()
 
     def _ask(self, batch: Batch) -> list[Future[Rows]]:
         futures = self._of_batch.get(batch)
