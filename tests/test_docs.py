@@ -106,7 +106,7 @@ def test_shown_output_is_the_real_one(
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(?:tests|kd_recipes|configs)/[\w/]+\.(?:py|yaml)\b", text))
+    named = set(re.findall(r"(?<![\w/])(?:tests|kd_recipes|configs)/[\w/]+\.(?:py|yaml)\b", text))
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 

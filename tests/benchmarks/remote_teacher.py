@@ -116,7 +116,7 @@ def outlive(served: Served) -> tuple[float, float]:
         time.sleep(AWAY_S)
         served.start()
 
-    watcher = threading.Thread(target=restart)
+    watcher = threading.Thread(target=restart, daemon=True)
     watcher.start()
     started = time.monotonic()
     shaken = distil("shaken", url, *PROTOCOL, "teacher.num_ahead=1")
