@@ -169,6 +169,15 @@ def without_environment(cfg: DictConfig) -> DictConfig:
     return DictConfig(escape(OmegaConf.to_container(cfg, resolve=False)))
 
 
+def with_environment(text: str) -> str:
+    """A text of :func:`without_environment`'s copy, with what it takes from environment variables.
+
+    Raises:
+        OmegaConfBaseException: a variable is not there; :func:`validate` has said so of the config.
+    """
+    return str(OmegaConf.create({"text": text}).text)
+
+
 def load_and_validate(
     name: str, overrides: Sequence[str] = (), recipe: str | None = None, *, trusts_all: bool = False
 ) -> DictConfig:

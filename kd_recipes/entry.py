@@ -35,7 +35,7 @@ RECIPES = (
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
-_PARALLEL = (
+PARALLEL = (
     "cache_teacher",
     "correct_teacher",
     "distill",
@@ -86,7 +86,7 @@ def recipe_module(name: str) -> Any:
 
 def _require_one_process(recipe: str) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 and recipe not in _PARALLEL:  # each would do it all, and write over what the others write
+    if num_processes > 1 and recipe not in PARALLEL:  # each would do it all, and write over what the others write
         wanted = f"1: `{recipe}` runs in a single process"
         raise ConfigError(Problem("--nproc_per_node", num_processes, wanted, "Leave the torchrun options out"))
 

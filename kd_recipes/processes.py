@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
 
+from kd_recipes.entry import RECIPES
 from kd_recipes.errors import ConfigError, Problem, RunError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_RECIPE = re.compile(rf"(.*/)?kd_recipes([./]({'|'.join(RECIPES)})(\.py)?)?")
+_SECONDS_TO_SAVE = 600.0  # a large student's step, and its checkpoint
+_SECONDS_TO_DIE = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Stopped(RunError):
@@ -67,22 +75,47 @@ def start(recipe: str, config: Path, num_processes: int = 1, *, output: Any = No
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=stderr, start_new_session=True)
 
 
-def end_leftover(config: Path) -> None:
+def end_leftover(config: Path, *, seconds: float = _SECONDS_TO_SAVE) -> None:
     """End the processes of a recipe that outlived the one that had started it: two of one directory would mix.
 
     Args:
         config: the file that it was started with.
+        seconds: that it is given to save itself; then it is killed, and goes on from its last checkpoint.
     """
     word = str(config.resolve())
     left = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if process.pid != os.getpid() and word in (process.info["cmdline"] or [])
+        if process.pid != os.getpid() and _is_recipe(process.info["cmdline"] or [], word)
     ]
     for process in left:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):  # it has ended by itself, or is another user's
             process.terminate()
-    psutil.wait_procs(left)
+    for process in _still_alive(left, seconds):
+        with suppress(psutil.Error):
+            process.kill()
+    _still_alive(left, _SECONDS_TO_DIE)
+
+
+def _is_recipe(command: Sequence[str], config: str) -> bool:
+    """Whether a command line is a recipe's, as the shell, ``tune run`` or torchrun starts it, with this config."""
+    program = takewhile(lambda word: word != "--config", command)
+    return ("--config", config) in pairwise(command) and any(map(_RECIPE.fullmatch, program))
+
+
+def _still_alive(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those of this user that have not ended after some seconds."""
+    end = time.monotonic() + seconds
+    while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < end:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:  # where nothing collects orphans, as in many containers, one that has ended is a zombie for good
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager

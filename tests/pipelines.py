@@ -15,8 +15,15 @@ from kd_recipes.exporting.gguf import write_gguf
 from toy import MAX_SEQ_LEN, Toys, save_config, text_section, toy_config
 
 
-def save_pipeline(toys: Toys, root: Path, *, max_steps: int = 12) -> Path:
-    """Write a pipeline from a GGUF file to a report, and what it names; returns its path. It writes to ``root/out``."""
+def save_pipeline(toys: Toys, root: Path, *, max_steps: int = 12, is_long: bool = False) -> Path:
+    """Write a pipeline from a GGUF file to a report, and what it names; returns its path. It writes to ``root/out``.
+
+    Args:
+        toys: what it is made of.
+        root: its directory.
+        max_steps: of the distillation.
+        is_long: whether the teacher is corrected, and the student quantized and distilled on the lattice.
+    """
     root.mkdir(parents=True, exist_ok=True)
     write_gguf(read_checkpoint(toys.teacher), root / "teacher.gguf", "f32")
     distillation = toy_config(toys, root)
@@ -38,7 +45,7 @@ def save_pipeline(toys: Toys, root: Path, *, max_steps: int = 12) -> Path:
             "text": text["dataset"],
             "held_out": held_out,
         },
-        "steps": _steps(root),
+        "steps": _long(root) if is_long else _steps(root),
     }
     OmegaConf.save(OmegaConf.create(config), root / "pipeline.yaml")
     return root / "pipeline.yaml"
@@ -82,9 +89,34 @@ def _steps(root: Path) -> dict[str, Any]:
     }
 
 
-def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's weights, by file."""
-    files = sorted(directory.glob("*.safetensors"))
+def _long(root: Path) -> dict[str, Any]:
+    steps, scheme = _steps(root), {"scheme": "int4_g16", "embeddings": None, "overrides": {}}
+    correction = {"max_steps": 6, "optimizer": {"lr": 0.01}}
+    taught = {"config": str(root / "distill.yaml"), "checkpoints": {"teacher_model": "step:teacher"}}
+    corrected = {"recipe": "correct_teacher", **taught, "with": {"correction": correction}}
+    rounding = {"_component_": "kd_recipes.compression.Quantization", "method": "round", **scheme}
+    quantized = {"recipe": "compress", "with": {**steps["pruned"]["with"], "compress": rounding}}
+    quantized["with"]["checkpoint_dir"] = "step:distilled"
+    lattice = {"_component_": "kd_recipes.compression.QuantizationAwareTraining", **scheme}
+    for name in ("cached", "distilled"):
+        steps[name]["checkpoints"] = {"model": "step:pruned", "teacher_model": "step:corrected"}
+    qad = {**steps["distilled"], "with": {**steps["distilled"]["with"], "student_constraints": lattice}}
+    qad["checkpoints"] = {"model": "step:quantized", "teacher_model": "step:corrected"}
+    qad["with"]["max_steps"] = 12
+    steps["evaluation"]["with"]["models"] |= {name: f"step:{name}" for name in ("corrected", "quantized", "qad")}
+    steps["exported"]["with"]["checkpoint_dir"] = "step:qad"
+    return {
+        **{name: steps[name] for name in ("teacher", "pruned")},
+        "corrected": corrected,
+        **{name: steps[name] for name in ("cached", "distilled")},
+        **{"quantized": quantized, "qad": qad},
+        **{name: steps[name] for name in ("evaluation", "exported")},
+    }
+
+
+def digests(directory: Path, pattern: str = "*.safetensors") -> dict[str, str]:
+    """SHA-256 of a checkpoint's weights, or of other files, by their names."""
+    files = sorted(directory.glob(pattern))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

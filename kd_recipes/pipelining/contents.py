@@ -6,7 +6,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,23 @@ class Contents:
     """SHA-256 of files; each is read once, and again when its size or time of change is another.
 
     Args:
-        file: where they are remembered.
+        file: where they are remembered, in the pipeline's directory.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._pipeline = os.path.realpath(file.parent)
         try:
             self._known: dict[str, list[Any]] = dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             self._known = {}
 
     def of(self, path: Path) -> dict[str, str]:
-        """Of a file, whatever its name, or of all files in a directory but hidden ones, by their names there."""
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _counts(file, path))
+        """Of a file, whatever its name, or of all files in a directory but hidden ones, by their names there.
+
+        Of a directory that holds the pipeline's, the files that are not the pipeline's.
+        """
+        files = [path] if path.is_file() else sorted(self._inside(path))
         unread = [file for file in files if self._known.get(str(file.absolute()), [None])[:2] != _stamp(file)]
         if unread:
             with tqdm(desc="hash", total=_num_bytes(unread), unit="B", unit_scale=True, leave=False, delay=2) as bar:
@@ -51,14 +56,41 @@ class Contents:
             self._save()
         return {file.relative_to(path).as_posix(): self._known[str(file.absolute())][2] for file in files}
 
+    def named(self, text: str) -> list[Path]:
+        """The files and directories that a text is the path of, or a pattern for; none where it is something else.
+
+        A pattern finds what steps of this pipeline write only if it begins in a step's directory.
+        """
+        if os.path.exists(text):  # not Path.exists, which raises where a text is too long for a path
+            return [Path(text)]
+        if not glob.has_magic(text) or "\0" in text:
+            return []
+        found = map(Path, sorted(glob.glob(text, recursive=True)))
+        finds_steps = _is_inside(_beginning(text), self._pipeline)
+        return [path for path in found if finds_steps or not _is_inside(path, self._pipeline)]
+
+    def _inside(self, directory: Path) -> Iterator[Path]:
+        for root, names, files in os.walk(directory):
+            if os.path.realpath(root) == self._pipeline:
+                names.clear()
+                continue
+            names[:] = [name for name in names if not name.startswith(".")]
+            found = (Path(root, name) for name in files if not name.startswith("."))
+            yield from (file for file in found if file.is_file() and os.access(file, os.R_OK))
+
     def _save(self) -> None:
         self._known = {name: entry for name, entry in self._known.items() if os.path.exists(name)}
         with atomic_file(self._file) as new:
             write_json(new, self._known)
 
 
-def _counts(file: Path, root: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_inside(path: Path, directory: str) -> bool:
+    found = os.path.realpath(path)
+    return found != directory and Path(found).is_relative_to(directory)
+
+
+def _beginning(pattern: str) -> Path:
+    return Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
 
 
 def _stamp(file: Path) -> list[int]:
@@ -96,13 +128,12 @@ def _content(node: Any, directory: Path, contents: Contents) -> Any:
         return {key: _content(value, directory, contents) for key, value in node.items() if key not in _WRITTEN}
     if isinstance(node, list):
         return [_content(value, directory, contents) for value in node]
-    if not isinstance(node, str) or not ("/" in node or Path(node).suffix):  # `source: json` is no directory
+    if not isinstance(node, str):
         return node
     path = Path(os.path.abspath(node))
     own = Path(os.path.abspath(directory))
     if path.is_relative_to(own):
         return ["own", path.relative_to(own).as_posix()]
-    if own.is_relative_to(path):  # which holds what it writes
+    if path == Path(path.anchor):  # `separator: /` is not all that the machine has
         return node
-    found = sorted(glob.glob(node)) if "*" in node else [node] if path.exists() else []
-    return [contents.of(Path(name)) for name in found] or node
+    return [contents.of(found) for found in contents.named(node)] or node

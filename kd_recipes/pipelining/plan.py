@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes import _torchtune, entry
 from kd_recipes.compression import sections
-from kd_recipes.config import Key, configured, load, validate, without_environment
+from kd_recipes.config import Key, configured, load, validate, with_environment, without_environment
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.parts import CHECKPOINTERS, find_device
 from kd_recipes.pipelining.references import Surroundings, leaves
@@ -119,10 +121,11 @@ class Step:
 
 def _sections(key: str, path: str) -> dict[str, Any]:
     """The sections of a model and of its checkpointer; nothing where there is no checkpoint yet."""
-    if not (Path(path) / "config.json").is_file():
+    directory = Path(with_environment(path))
+    if not os.path.isfile(directory / "config.json"):
         return {}
-    found = sections(Path(path))
-    return {key: found.model, CHECKPOINTERS[key]: {**found.checkpointer, "output_dir": "${output_dir}"}}
+    found: Any = OmegaConf.to_container(sections(directory, Path(path)))  # which names it as the config does
+    return {key: found["model"], CHECKPOINTERS[key]: {**found["checkpointer"], "output_dir": "${output_dir}"}}
 
 
 def _stand_in(cfg: DictConfig, key: Key, path: str) -> tuple[DictConfig, Key]:
@@ -156,7 +159,7 @@ class Plan:
         directory: of the pipeline.
         steps: those to run, in order.
         left_out: names of those that are not to.
-        given: by name, what is there already.
+        given: by name, what is there already; references to the environment are not resolved.
     """
 
     directory: Path
@@ -189,6 +192,7 @@ def build_plan(cfg: DictConfig) -> Plan:
             try:
                 step = _build(name, section, directory, within)
                 steps.append(step)
+                problems += _process_problems(step)
                 places[name] = step.place(step.config())
             except ConfigError as error:
                 problems += error.problems
@@ -230,10 +234,16 @@ def _setting_problems(where: str, section: dict[str, Any]) -> Iterator[Problem]:
             yield from (Problem(f"{where}.{key}.{word}", word, wanted) for word in value if word not in CHECKPOINTERS)
 
 
+def _process_problems(step: Step) -> Iterator[Problem]:
+    if step.num_processes > 1 and step.recipe not in entry.PARALLEL:
+        wanted = f"1: `{step.recipe}` runs in a single process"
+        yield Problem(f"steps.{step.name}.num_processes", step.num_processes, wanted, "Leave it out")
+
+
 def _build(name: str, section: Mapping[str, Any], directory: Path, within: Surroundings) -> Step:
     where = f"steps.{name}"
     try:
-        base = load(section["config"]) if section.get("config") else DictConfig({})
+        base = load(with_environment(section["config"])) if section.get("config") else DictConfig({})
         # a distillation's config may serve another recipe, whatever it says of itself
         recipe = entry.choose_recipe(None, DictConfig({"recipe": section.get("recipe") or base.get("recipe")}))
     except ConfigError as error:
@@ -261,17 +271,18 @@ def check_inputs(plan: Plan) -> None:
     Raises:
         ConfigError: with all that are missing.
     """
+    given = {name: Path(with_environment(str(path))) for name, path in plan.given.items()}
     problems = [
-        Problem(f"steps.{name}", str(path), "the path of what is there")
-        for name, path in plan.given.items()
-        if not path.exists()
+        Problem(f"steps.{name}", str(plan.given[name]), "the path of what is there")
+        for name, path in given.items()
+        if not os.path.exists(path)
     ]
-    known = list(plan.given.values())
+    known = list(given.values())
     for step in plan.steps:
         cfg, where = step.config(), f"steps.{step.name}.with"
         content: Any = OmegaConf.to_container(cfg, resolve=True)
         for key, path in _read_paths(content):
-            if not path.exists() and not any(path.is_relative_to(directory) for directory in known):
+            if not os.path.exists(path) and not any(path.is_relative_to(directory) for directory in known):
                 problems.append(Problem(f"{where}.{key}", str(path), "what is there, or what a step before it makes"))
         known.append(step.directory)
         if cfg.get("device") is not None:
@@ -287,7 +298,7 @@ def _read_paths(content: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     for key, value in leaves(content):
         name = "." + re.sub(r"\[\d+\]", "", key)
         is_read = name.endswith(tuple(f".{read}" for read in _READ)) or name.startswith(".models.")
-        if not is_read or not isinstance(value, str) or "://" in value or "*" in value:
+        if not is_read or not isinstance(value, str) or "://" in value or glob.has_magic(value):
             continue
         section, is_data, _ = key.rpartition(".data_files")
         if not is_data or OmegaConf.select(DictConfig(content), f"{section}.source") in _LOCAL:

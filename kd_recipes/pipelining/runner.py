@@ -19,6 +19,7 @@ from kd_recipes.compression.checkpoint import lineage
 from kd_recipes.errors import RunError
 from kd_recipes.pipelining.contents import Contents, step_key
 from kd_recipes.pipelining.plan import CONFIGS, Plan, Step
+from kd_recipes.pipelining.progress import RUNNING, overview
 from kd_recipes.pipelining.records import Record, Records
 from kd_recipes.processes import Stopped, StopRequest
 from kd_recipes.storage import atomic_file
@@ -97,6 +98,7 @@ class Runner:
         self._records.begin(step.name, Record(key, step.recipe, adds_to))
         begun = time.monotonic()
         if not (goes_on and _is_whole(step)):
+            print(self._overview(step), flush=True)
             print(f"{head}: tune run kd_recipes/{step.recipe} --config {file}", flush=True)
             self._follow(step, file, stop)
         if not place.exists():
@@ -104,6 +106,12 @@ class Runner:
         self._records.finish(step.name, os.path.relpath(place, step.directory), self._contents.of(place))
         self.found[step.name] = "done"
         print(f"{head}: done in {time.monotonic() - begun:.0f} s: {place}", flush=True)
+
+    def _overview(self, running: Step) -> str:
+        names = [step.name for step in self._plan.steps]
+        states = {**self.found, running.name: RUNNING}
+        seconds = {name: record.seconds for name in states if (record := self._records.get(name))}
+        return overview(names, states, seconds)
 
     def _file(self, step: Step) -> Path:
         return self._plan.directory / CONFIGS / f"{step.name}.yaml"

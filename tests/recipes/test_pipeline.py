@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,12 @@ def test_every_step_is_a_directory_with_its_config_and_a_line_in_one_report(conf
         assert f"[{number}/6] {name}: done in " in printed
         assert (out / name).is_dir()
         assert "step:" not in (out / "configs" / f"{name}.yaml").read_text()
+    wholes = [re.sub(r" \d+\.\d min", "", line) for line in printed.splitlines() if line.startswith("pipeline: ")]
+    assert len(wholes) == 6  # one where a step begins
+    assert wholes[3] == (
+        "pipeline: 3 of 6 steps | teacher done | pruned done | cached done | distilled running"
+        " | to come: evaluation, exported"
+    )
     load_and_validate(str(out / "configs" / "distilled.yaml"))
     assert OmegaConf.load(out / "configs" / "distilled.yaml").model.num_layers == 2  # as pruning has left it
     record = json.loads((out / "pipeline.json").read_text())["steps"]

@@ -162,14 +162,15 @@ def test_no_trial_begins_when_the_time_is_over(
 
 
 def test_a_trial_that_outlived_its_search_is_ended(tmp_path: Path) -> None:
-    sleep = "[sys.executable, '-c', 'import time; time.sleep(60)', sys.argv[1]]"
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(60)', *sys.argv[1:]]"
     start = f"import subprocess, sys; print(subprocess.Popen({sleep}, stdout=subprocess.DEVNULL).pid)"
+    command = [sys.executable, "-c", start, "kd_recipes/distill", "--config"]
     left, other = (
-        psutil.Process(int(subprocess.check_output([sys.executable, "-c", start, str(where / CONFIG)])))
+        psutil.Process(int(subprocess.check_output([*command, str(where / CONFIG)])))
         for where in (tmp_path, tmp_path / "other")
     )
     end_leftover(tmp_path)
-    assert not left.is_running()
+    assert psutil.wait_procs([left], timeout=10)[0] == [left]
     assert other.is_running()
     other.kill()
 
