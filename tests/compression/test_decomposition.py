@@ -58,9 +58,7 @@ def _output_error(weight_OI: Tensor, factors: Factors, x_TI: Tensor) -> float:
 @FACTORS
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (10, 10)])
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_the_plain_error_is_the_least_that_a_rank_can_have(
-    shape: tuple[int, int], rank: int, three_factors: bool
-) -> None:
+def test_the_plain_error_is_the_least_of_its_rank(shape: tuple[int, int], rank: int, three_factors: bool) -> None:
     """Eckart-Young: what is discarded of the singular values, by a decomposition of W^T W, not of W."""
     weight_OI = _normal(*shape)
     factors = truncated_svd(weight_OI, rank, three_factors=three_factors)
