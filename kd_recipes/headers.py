@@ -19,7 +19,9 @@ def names_files(section: DictConfig) -> bool:
     """Whether a checkpointer section has ``checkpoint_files`` that :func:`checkpoint_files` can read."""
     files = section.get("checkpoint_files")
     is_pattern = isinstance(files, DictConfig) and {"filename_format", "max_filename"} <= files.keys()
-    return is_pattern or bool(isinstance(files, ListConfig) and files)
+    if is_pattern:
+        return str(files.max_filename).isdecimal()
+    return bool(isinstance(files, ListConfig) and files)
 
 
 def checkpoint_files(section: DictConfig) -> list[Path]:

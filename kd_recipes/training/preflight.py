@@ -355,7 +355,8 @@ def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
 def highest_id(tokenizer: Any) -> int:
     """That a tokenizer of torchtune's protocol can make, some of which lack a ``vocab_size``; -1 for unknown."""
     special = getattr(tokenizer, "special_tokens", None) or {}
-    return max([int(getattr(tokenizer, "vocab_size", 0)) - 1, *special.values()])
+    highest: int = max([int(getattr(tokenizer, "vocab_size", 0)) - 1, *special.values()])
+    return highest
 
 
 def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int, *, model: str = "model") -> None:

@@ -21,7 +21,7 @@ from kd_recipes.entry import EXIT_BAD_INPUT, EXIT_STOPPED, run_recipe
 from kd_recipes.errors import ConfigError
 from kd_recipes.teachers.cache.content import uniform
 from kd_recipes.teachers.cache.identity import Identity
-from kd_recipes.teachers.cache.store import Store
+from kd_recipes.teachers.cache.store import Store, Writer
 from toy import VOCABULARY, Toys, checkpointer_section, distill, hf_config, logged, save_model, save_tokenizer
 
 Cached = Callable[..., Path]
@@ -90,6 +90,17 @@ def test_an_empty_cache_beside_something_else_is_left_alone(
     assert (tmp_path / "cache" / "mine.txt").read_text() == "mine"
 
 
+def test_an_empty_cache_that_another_process_is_about_to_write_to_is_left_alone(
+    cached: Cached, run: Run, toys: Toys, tmp_path: Path
+) -> None:
+    config = cached()
+    run("cache_teacher", config, _teacher(toys, tmp_path / "broken", _break), status=EXIT_STOPPED)
+    other = Writer(tmp_path / "cache", 0)
+    assert "wanted a cache that no other process is writing to" in run("cache_teacher", config)
+    other.close()
+    fill(config)
+
+
 # ------------------------------------------------------------------------------------------------- whose it is
 def _binary(toys: Toys, directory: Path, offset: float) -> str:
     shutil.copytree(toys.teacher, directory)
@@ -119,6 +130,7 @@ def test_another_file_of_the_same_directory_is_refused(
     fill(config)
     said = run(recipe, config, "teacher_checkpointer.checkpoint_files=[other.safetensors]")
     assert "of which model.safetensors is not read" in said
+    run(recipe, config, "teacher_checkpointer.checkpoint_files={filename_format: m-{}-{}, max_filename: last}")
     (own / "other.safetensors").unlink()  # what is not read is of no account
     fill(config)
 
