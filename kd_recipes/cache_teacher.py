@@ -22,16 +22,14 @@ from tqdm import tqdm
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.config import Key, is_positive
-from kd_recipes.errors import ConfigError, Problem, RunError, within
-from kd_recipes.evaluation.tokens import token_values
+from kd_recipes.errors import ConfigError, Problem, RunError, gather, within
+from kd_recipes.evaluation.stored import Distances
 from kd_recipes.losses import FeatureTerms
 from kd_recipes.pair import Pair
 from kd_recipes.parts import build
-from kd_recipes.signals import DenseSignal, Signal, SparseSignal
 from kd_recipes.storage import require_free_space
 from kd_recipes.teachers import CachedTeacher, Teacher
-from kd_recipes.teachers.cache import Cache
-from kd_recipes.teachers.cache.encodings import encoding_of
+from kd_recipes.teachers.cache import Cache, Encoding
 from kd_recipes.teachers.cache.fill import Plan, Scribe, fill, foreseen, plan, rounds
 from kd_recipes.teachers.cache.identity import (
     Identity,
@@ -53,7 +51,7 @@ from kd_recipes.training.faults import explain_memory
 from kd_recipes.training.order import Rows
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import DTYPES, dtype_name, resolve_dtype
-from kd_recipes.training.preflight import check_models, check_teacher
+from kd_recipes.training.preflight import check_models, check_teacher, highest_id
 
 _REQUIRED = ("teacher", "tokenizer", "dataset", "batch_size")
 
@@ -78,7 +76,18 @@ KEYS = (
 
 @dataclass(frozen=True)
 class _Job:
-    """What a cache is made from."""
+    """What a cache is made from.
+
+    Args:
+        cfg: of the distillation.
+        source: the cache, as the config has it.
+        parallel: the processes.
+        tokenizer: of torchtune's protocol.
+        loaders: by the key of a data set.
+        num_ids: that distributions are over.
+        encoding: what is kept of one.
+        there: what the records that are there are of; None where there are none.
+    """
 
     cfg: DictConfig
     source: CachedTeacher
@@ -86,6 +95,8 @@ class _Job:
     tokenizer: Any
     loaders: Mapping[str, Loader]
     num_ids: int
+    encoding: Encoding
+    there: Identity | None
 
     @property
     def path(self) -> Path:
@@ -122,7 +133,9 @@ def main(cfg: DictConfig) -> None:
     source = within("teacher", lambda: build("teacher", cfg.teacher))
     if not isinstance(source, CachedTeacher):
         raise ConfigError(Problem("teacher", cfg.teacher._component_, "kd_recipes.teachers.CachedTeacher"))
-    within("teacher", lambda: _check_source(source, cfg))
+    there, encoding, _ = within(
+        "teacher", lambda: gather(source.recorded, source.choose_encoding, lambda: _check_source(source, cfg))
+    )
     found = check_teacher(cfg if source.source is None else _without_model(cfg))
     tokenizer = build("tokenizer", cfg.tokenizer)
     keys = ["teacher_model"] if source.source is None else []
@@ -132,10 +145,12 @@ def main(cfg: DictConfig) -> None:
     parallel = Parallel.start(device, timeout=cfg.distributed_timeout)
     try:
         with explain_memory(cfg):
-            max_seq_len, num_ids = sizes[0].max_seq_len, min(size.num_rows for size in sizes)
+            max_seq_len, num_rows = sizes[0].max_seq_len, min(size.num_rows for size in sizes)
             loaders = {key: _loader(found, key, tokenizer, parallel, max_seq_len) for key in _data(cfg)}
-            job = _Job(found, source, parallel, tokenizer, loaders, num_ids)
+            num_ids = num_rows if there is None else min(num_rows, there.num_ids)
+            job = _Job(found, source, parallel, tokenizer, loaders, num_ids, encoding, there)
             found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype or None
+            parallel.on_main(lambda: _look_for_damage(job))
             teacher = _write(job)
             _say_losses(job)
             if cfg.check:
@@ -145,7 +160,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _check_source(source: CachedTeacher, cfg: DictConfig) -> None:
-    """Where the teacher comes from, and whether it tells what is to be kept.
+    """Where the teacher comes from.
 
     Raises:
         ConfigError: from nowhere; or a server does not suit, or does not answer.
@@ -156,10 +171,7 @@ def _check_source(source: CachedTeacher, cfg: DictConfig) -> None:
         if absent:
             raise ConfigError(*(Problem(key, None, wanted, remedy) for key in absent))
         return
-    remote, encoding, k = source.source, source.encoding, source.source.k
-    if encoding is not None and (encoding.is_drawn or encoding.width > k):
-        wanted = f"a kd_recipes.teachers.TopK of at most {k}, the likeliest ids that the server is asked for"
-        raise ConfigError(Problem(".encoding", encoding.settings(), wanted))
+    remote = source.source
     if problems := within(".source", lambda: [*remote.problems(cfg)]):
         raise ConfigError(*(replace(p, key=f".source{p.key}") if p.key.startswith(".") else p for p in problems))
 
@@ -172,8 +184,16 @@ def _without_model(cfg: DictConfig) -> DictConfig:
 
 
 def _size_of(tokenizer: Any) -> ModelSize:
-    """What is known of a model that is not in the config."""
-    return ModelSize(num_layers=0, embed_dim=0, num_rows=tokenizer.vocab_size, max_seq_len=sys.maxsize)
+    """What is known of a model that is not in the config.
+
+    Raises:
+        ConfigError: its tokenizer does not tell how many ids it has.
+    """
+    num_ids = highest_id(tokenizer) + 1
+    if not num_ids:
+        remedy = "Put the student's `model` and `checkpointer` in the config, which tell"
+        raise ConfigError(Problem("tokenizer", type(tokenizer).__name__, "one with a vocab_size", remedy))
+    return ModelSize(num_layers=0, embed_dim=0, num_rows=num_ids, max_seq_len=sys.maxsize)
 
 
 def _data(cfg: DictConfig) -> list[str]:
@@ -195,12 +215,7 @@ def _loader(cfg: DictConfig, key: str, tokenizer: Any, parallel: Parallel, max_s
 
 def _settle(job: _Job) -> Identity:
     """What the cache is of, written down, or compared with what is there."""
-    cfg, directory = job.cfg, job.path
-    there = within("teacher", lambda: Identity.load(directory))
-    encoding = job.source.encoding.settings() if job.source.encoding else there.encoding if there else None
-    if encoding is None:
-        remedy = "kd_recipes.teachers.RandomSampling {num_draws: 50} needs the least room"
-        raise ConfigError(Problem("teacher.encoding", None, "a kd_recipes.teachers.TopK or RandomSampling", remedy))
+    cfg, directory, there, encoding = job.cfg, job.path, job.there, job.encoding.settings()
     if len(softened := temperatures(job.cfg)) > 1:
         remedy = "Set teacher_temperature"
         raise ConfigError(Problem("temperature", plain(cfg.temperature), "one for the teacher in all steps", remedy))
@@ -210,8 +225,7 @@ def _settle(job: _Job) -> Identity:
     dtype = "" if job.remote else dtype_name(resolve_dtype(asked, job.parallel.device))
     source = job.source.source.describe() if job.source.source else None
     if there is not None:
-        num_ids = min(job.num_ids, there.num_ids)  # a student with more ids gives those that the cache lacks no mass
-        new = replace(there, temperature=softened.pop(), num_ids=num_ids, encoding=encoding, dtype=dtype)
+        new = replace(there, temperature=softened.pop(), num_ids=job.num_ids, encoding=encoding, dtype=dtype)
         problems = [*setting_problems(there, new), *differences(there, cfg, directory, source)]
         if job.remote and not problems:
             problems = [*probe_problems(there, job.remote.probe())]
@@ -220,6 +234,9 @@ def _settle(job: _Job) -> Identity:
         return there
     digest, tokens = hash_tokens(cfg.tokenizer)
     model, weights, stamps = _teacher_of(job)
+    if not weights:
+        wanted = "files that tell this teacher from others: checkpoint_files, or safetensors in checkpoint_dir"
+        raise ConfigError(Problem("teacher_checkpointer", cfg.teacher_checkpointer._component_, wanted))
     identity = Identity(
         model,
         weights,
@@ -231,7 +248,8 @@ def _settle(job: _Job) -> Identity:
         dtype,
         quantization=quantization_of(cfg) if job.remote is None else None,
     )
-    identity.save(directory, tokens)
+    if Identity.load(directory) != identity:
+        identity.save(directory, tokens)
     return identity
 
 
@@ -240,6 +258,21 @@ def _teacher_of(job: _Job) -> tuple[Mapping[str, Any], Mapping[str, Any], Mappin
     if job.remote is not None and job.source.source is not None:
         return job.source.source.describe(), {"probe": job.remote.probe()}, {}
     return plain(job.cfg.teacher_model), *hash_weights(job.cfg.teacher_checkpointer)
+
+
+def _look_for_damage(job: _Job) -> None:
+    """Read all records. Those that are damaged are taken out of the index, so that the teacher is asked again.
+
+    Raises:
+        RunError: all of them, if the cache is to be checked.
+    """
+    store = job.source.open_cache().store
+    if not (damage := store.damage()):
+        return
+    if job.cfg.check:
+        raise RunError("\n  - ".join(damage.values()))
+    store.forget(damage)
+    print(f"{len(damage):,} records in {job.path} are damaged; the teacher is asked about them again")
 
 
 def _write(job: _Job) -> Teacher | None:
@@ -256,14 +289,13 @@ def _write(job: _Job) -> Teacher | None:
     assert identity is not None
     writer = Writer(job.path, parallel.rank)
     teacher = job.teacher()
-    encoding = job.source.encoding or encoding_of(identity.encoding)
     with tqdm(total=missing.num_tokens, unit="tok", desc="cache", disable=not parallel.is_main) as progress:
         turns = rounds(job.batches(), missing, parallel.rank, parallel.world_size)
         fill(
             foreseen(turns, teacher.ahead) if job.remote else turns,
             missing,
             teacher.signal,
-            Scribe(encoding, layout(identity), identity.temperature),
+            Scribe(job.encoding, layout(identity), identity.temperature),
             writer,
             begin=lambda *first: _estimate(job, missing, *first),
             progress=progress.update,
@@ -328,41 +360,25 @@ def _describe(cache: Cache) -> str:
 
 
 def _check(job: _Job, teacher: Teacher) -> None:
-    """Read all records; compare some with the teacher.
+    """Compare some records with the teacher.
 
     Raises:
-        RunError: some are damaged.
+        RunError: they are not what it says.
     """
     cache, parallel = job.source.open_cache(), job.parallel
-    if damage := cache.store.damage():
-        raise RunError("\n  - ".join(damage))
     for name, loader in job.loaders.items():
         count = min(job.cfg.num_checked_batches, len(loader))
         every = len(loader) // count
         batches = islice(loader.batches(), 0, every * count, every)
         found = [
-            _distances(teacher.signal(batch), cache.signal(batch), batch, job.num_ids)
+            Distances.of(teacher.signal(batch), cache.signal(batch), batch, num_ids=cache.num_ids)
             for batch in tqdm(batches, f"check {name}", count, leave=False, disable=not parallel.is_main)
         ]
-        distances_N = torch.cat(found)
+        said = Distances.join(found).describe()
         if parallel.is_main:
-            print(
-                f"{name}: what is stored is {distances_N.mean():.1e} nats a token from what the teacher says "
-                f"({len(distances_N):,} tokens, at most {distances_N.abs().max():.1e})"
-            )
+            print(f"{name}: {said}")
     if parallel.is_main:
         print(f"{len(cache.store):,} records are what was written")
-
-
-def _distances(said: Signal, stored: SparseSignal, batch: Batch, num_ids: int) -> torch.Tensor:
-    """KL divergences at the labels; of a teacher that tells a few ids, distances of its likeliest's log-probability."""
-    if isinstance(said, DenseSignal):
-        return token_values(said, stored, batch, num_ids=num_ids).values["kl"]
-    assert isinstance(said, SparseSignal), "a mixture is not cached"
-    assert said.unsoftened is not None
-    assert stored.unsoftened is not None
-    gap_T = said.unsoftened.log_p_likeliest_T - stored.unsoftened.log_p_likeliest_T
-    return gap_T[batch.labels_BS.flatten() != IGNORE_INDEX].abs().cpu()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from kd_recipes.losses import LossSum, build_divergence, build_feature_terms, ch
 from kd_recipes.monitoring import Alert
 from kd_recipes.monitoring.metrics import StepMeter
 from kd_recipes.monitoring.recorder import Recorder, prompts_of
-from kd_recipes.pair import Pair, teacher_source
+from kd_recipes.pair import Pair, shared_ids, teacher_source
 from kd_recipes.parts import build, build_callable, build_profiler
 from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Constraints
@@ -83,7 +83,7 @@ class DistillRecipe(FTRecipeInterface):
         self._tokenizer = build("tokenizer", cfg.tokenizer)
         source, keys = teacher_source(cfg), ["model", "teacher_model"][: 1 + loads_teacher_model(cfg)]
         sizes = check_models(cfg, self._tokenizer, keys, source.models() if source else {})
-        self._num_ids = min(size.num_rows for size in sizes)
+        self._num_ids = shared_ids(sizes, source)
         self._max_seq_len = min(size.max_seq_len for size in sizes)
         self._constraints = Constraints.build("student_constraints", cfg.student_constraints, cfg)
         self._features = build_feature_terms("feature_losses", cfg.feature_losses)

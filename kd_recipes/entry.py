@@ -96,7 +96,8 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
 
     Args:
         name: the recipe, or None to take it from the config.
-        argv: ``--config FILE [key=value …] [--trust-config] [--help]``; the process's own by default.
+        argv: ``--config FILE [key=value …] [--trust-config] [--help]``, and ``--check`` for ``check=True``; the
+            process's own by default.
 
     Returns:
         0; 2 after bad input; where a run that had begun ended early (stderr says why) 1, or 128 and the number of the
@@ -105,8 +106,10 @@ def run_recipe(name: str | None, argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"tune run kd_recipes.{name or '<recipe>'}", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--trust-config", action="store_true")
+    parser.add_argument("--check", dest="switches", action="append_const", const="check=True", default=[])
     parser.add_argument("--help", "-h", action="store_true")
     options, overrides = parser.parse_known_args(argv)
+    overrides += options.switches
     if options.config is None and not options.help:
         parser.error("the following arguments are required: --config")
     cfg = DictConfig({})

@@ -15,7 +15,7 @@ class Problem:
 
     Args:
         key: dotted path of the setting, as the user writes it (``optimizer.lr``); one that begins with a dot is of a
-            section whose name :func:`within` knows.
+            section whose name :func:`within` knows, and an empty one is that section.
         got: the value found there.
         wanted: what would have been valid.
         remedy: what to do about it; empty where ``wanted`` says it all.
@@ -64,7 +64,7 @@ def within(section: str, check: Callable[[], T]) -> T:
     try:
         return check()
     except ConfigError as error:
-        whole = (replace(p, key=section + p.key) if p.key.startswith(".") else p for p in error.problems)
+        whole = (replace(p, key=section + p.key) if p.key[:1] in ("", ".") else p for p in error.problems)
         raise ConfigError(*whole) from error
 
 

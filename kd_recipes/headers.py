@@ -6,13 +6,22 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from kd_recipes.errors import ConfigError
 from kd_recipes.tensor_files import TensorSpec, read_safetensors_header
 
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
+def names_files(section: DictConfig) -> bool:
+    """Whether a checkpointer section has ``checkpoint_files`` that :func:`checkpoint_files` can read."""
+    files = section.get("checkpoint_files")
+    is_pattern = isinstance(files, DictConfig) and {"filename_format", "max_filename"} <= files.keys()
+    if is_pattern:
+        return str(files.max_filename).isdecimal()
+    return bool(isinstance(files, ListConfig) and files)
 
 
 def checkpoint_files(section: DictConfig) -> list[Path]:

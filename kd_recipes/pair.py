@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from kd_recipes._torchtune import ModelSize
 from kd_recipes.compression.keeping import Keeping
 from kd_recipes.errors import ConfigError, Problem, within
 from kd_recipes.losses import FeatureTerms
@@ -37,6 +38,17 @@ def teacher_source(cfg: DictConfig) -> TeacherSource | None:
         raise ConfigError(Problem("teacher", section._component_, "a kd_recipes.teachers.TeacherSource"))
     within("teacher", lambda: check_source(cfg, source.models()))
     return source
+
+
+def shared_ids(sizes: Sequence[ModelSize], source: TeacherSource | None) -> int:
+    """How many ids student and teacher are compared over: those that both have, and that the teacher's word is over.
+
+    Args:
+        sizes: of the models that are in the config.
+        source: of :func:`teacher_source`.
+    """
+    num_rows = min(size.num_rows for size in sizes)
+    return num_rows if source is None else within("teacher", lambda: source.num_ids(num_rows))
 
 
 @dataclass(frozen=True)

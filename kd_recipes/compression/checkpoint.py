@@ -250,9 +250,15 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter"))
 
 
-def file_stamps(directory: Path) -> dict[str, list[int]]:
-    """Size and time of change (ns) of what a model is read from: as good as a checksum for files that nobody forges."""
-    files = [path for path in (directory / "config.json", *weight_files(directory)) if path.is_file()]
+def file_stamps(directory: Path, weights: Iterable[Path] | None = None) -> dict[str, list[int]]:
+    """Size and time of change (ns) of what a model is read from: as good as a checksum for files that nobody forges.
+
+    Args:
+        directory: of its config.json.
+        weights: files there; by default :func:`weight_files`.
+    """
+    found = weight_files(directory) if weights is None else weights
+    files = [path for path in (directory / "config.json", *found) if path.is_file()]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

@@ -76,6 +76,14 @@ class TeacherSource(ABC):
         """The models that opening it loads: sections as ``load`` takes them, by their keys, which begin with a dot."""
         return {}
 
+    def num_ids(self, num_rows: int) -> int:
+        """How many ids student and teacher are to be compared over.
+
+        Args:
+            num_rows: of the student, or of the one with the fewest, the models of :meth:`models` included.
+        """
+        return num_rows
+
     def num_missing(self, batches: Iterable[Batch]) -> int:
         """How many documents of some batches it has no word on: none, unless it has to be prepared for them."""
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, ListConfig
 from kd_recipes import _torchtune
 from kd_recipes._torchtune import ModelSize
 from kd_recipes.errors import ConfigError, Problem, gather, one_line
-from kd_recipes.headers import checkpoint_files, embedding_shape, num_layers, read_specs
+from kd_recipes.headers import checkpoint_files, embedding_shape, names_files, num_layers, read_specs
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import is_inside, require_free_space
 from kd_recipes.tensor_files import read_safetensors_header
@@ -47,6 +48,8 @@ def preflight(cfg: DictConfig) -> None:
 def check_teacher(cfg: DictConfig) -> DictConfig:
     """Check what a config says of ``teacher_model``, if anything, for a recipe that runs it alone.
 
+    The student's files are looked at where it is in the config, since its vocabulary counts.
+
     Returns:
         The config of a distillation from it, whatever stands in ``teacher``.
 
@@ -60,6 +63,10 @@ def check_teacher(cfg: DictConfig) -> DictConfig:
     problems = [*_device_problems(found)]
     if found.teacher_checkpointer is not None:
         problems += _file_problems("teacher_checkpointer", found.teacher_checkpointer)
+    if cfg.model is not None and cfg.checkpointer is not None:
+        remedy = "A student that is yet to be made can be left out: ~model ~checkpointer"
+        for problem in _file_problems("checkpointer", cfg.checkpointer):
+            problems.append(replace(problem, remedy=f"{problem.remedy}. {remedy}" if problem.remedy else remedy))
     problems = problems or [*_vocabulary_problems(found, _teacher_checkpointers(found))]
     if problems:
         raise ConfigError(*problems)
@@ -278,12 +285,12 @@ def nearest_existing(path: Path) -> Path:
 def _file_problems(key: str, section: DictConfig) -> Iterator[Problem]:
     if "checkpoint_dir" not in section:  # a checkpointer of the user's own, with arguments of its own
         return
-    directory, files = section.checkpoint_dir, section.get("checkpoint_files")
+    directory = section.checkpoint_dir
     if not isinstance(directory, str) or not Path(directory).is_dir():
         yield Problem(f"{key}.checkpoint_dir", directory, "a directory that exists", "Download the model first")
         return
-    is_pattern = isinstance(files, DictConfig) and {"filename_format", "max_filename"} <= files.keys()
-    if not is_pattern and not (isinstance(files, ListConfig) and files):
+    if not names_files(section):
+        files = section.get("checkpoint_files")
         yield Problem(f"{key}.checkpoint_files", files, "a list of files, or filename_format and max_filename")
         return
     found = checkpoint_files(section)
@@ -345,6 +352,13 @@ def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
     return _caught(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
 
 
+def highest_id(tokenizer: Any) -> int:
+    """That a tokenizer of torchtune's protocol can make, some of which lack a ``vocab_size``; -1 for unknown."""
+    special = getattr(tokenizer, "special_tokens", None) or {}
+    highest: int = max([int(getattr(tokenizer, "vocab_size", 0)) - 1, *special.values()])
+    return highest
+
+
 def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int, *, model: str = "model") -> None:
     """Compare a tokenizer with a model that is to use it.
 
@@ -358,11 +372,9 @@ def check_tokenizer(tokenizer: Any, num_rows: int, max_seq_len: int, *, model: s
         ConfigError: it has ids that the model has no row for, or lets through sequences that are too long.
     """
     problems = []
-    special = getattr(tokenizer, "special_tokens", None) or {}
-    highest_id = max([int(getattr(tokenizer, "vocab_size", 0)) - 1, *special.values()])
-    if highest_id >= num_rows:
+    if (highest := highest_id(tokenizer)) >= num_rows:
         wanted = f"ids below {num_rows}, the rows of `{model}`"
-        problems.append(Problem("tokenizer", f"ids up to {highest_id}", wanted, "Use the model's own tokenizer"))
+        problems.append(Problem("tokenizer", f"ids up to {highest}", wanted, "Use the model's own tokenizer"))
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > max_seq_len:
         wanted = f"at most {max_seq_len}, the max_seq_len of `{model}`"
         problems.append(Problem("tokenizer.max_seq_len", tokenizer.max_seq_len, wanted))

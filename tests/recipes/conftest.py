@@ -1,4 +1,4 @@
-"""Fixtures of the recipes' tests: bad input that must be refused, a checkpoint to damage, a disk to fill."""
+"""Fixtures of the recipes' tests: bad input to refuse, a checkpoint to damage, a disk to fill, a cached teacher."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from bad_input import Rejected, WriteConfig, problems, snapshot
+from caches import TOP_K
 
 from kd_recipes import _torchtune
 from kd_recipes.entry import EXIT_BAD_INPUT, run_recipe
-from toy import Toys
+from toy import Toys, text_section
 
 
 @pytest.fixture
@@ -53,6 +54,20 @@ def rejected(
         return problems(capfd.readouterr().err)
 
     return run
+
+
+@pytest.fixture
+def cached(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Callable[..., Path]:
+    """``cached(encoding, **settings)``: a config of a distillation, without a recipe's name, that names a cache."""
+
+    def write(encoding: dict[str, Any] | None = TOP_K, **settings: Any) -> Path:
+        teacher = {"_component_": "kd_recipes.teachers.CachedTeacher", "path": str(tmp_path / "cache")}
+        if encoding is not None:
+            teacher["encoding"] = encoding  # type: ignore[assignment]
+        held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
+        return write_config(tmp_path, **{"recipe": None, "teacher": teacher, "eval_dataset": held_out, **settings})
+
+    return write
 
 
 @pytest.fixture

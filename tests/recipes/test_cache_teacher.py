@@ -14,47 +14,21 @@ from typing import Any
 
 import pytest
 from bad_input import snapshot
+from caches import ALL, DRAWN, TOP_K, fill, records
 from safetensors.torch import load_file, save_file
 
 from kd_recipes.entry import EXIT_BAD_INPUT, EXIT_STOPPED, run_recipe
 from kd_recipes.teachers.cache.store import Store
-from toy import VOCABULARY, Toys, distill, logged, run_tune, sentence, text_section, write_jsonl
+from toy import Toys, distill, logged, run_tune, sentence, text_section, write_jsonl
 
-WriteConfig = Callable[..., Path]
 Fill = Callable[..., Path]
-TOP_K: dict[str, Any] = {"_component_": "kd_recipes.teachers.TopK", "k": 8}
-ALL = {**TOP_K, "k": VOCABULARY}
-DRAWN: dict[str, Any] = {"_component_": "kd_recipes.teachers.RandomSampling", "num_draws": 12}
-
-
-@pytest.fixture
-def cached(toys: Toys, write_config: WriteConfig, tmp_path: Path) -> Fill:
-    """``cached(encoding, **settings)``: a config of a distillation, without a recipe's name, that names a cache."""
-
-    def write(encoding: dict[str, Any] | None = TOP_K, **settings: Any) -> Path:
-        teacher = {"_component_": "kd_recipes.teachers.CachedTeacher", "path": str(tmp_path / "cache")}
-        if encoding is not None:
-            teacher["encoding"] = encoding  # type: ignore[assignment]
-        held_out = text_section(toys.data / "held_out.jsonl", toys.data / "cache")
-        return write_config(tmp_path, **{"recipe": None, "teacher": teacher, "eval_dataset": held_out, **settings})
-
-    return write
-
-
-def _fill(config: Path, *overrides: str) -> None:
-    assert run_recipe("cache_teacher", ["--config", str(config), *overrides]) == 0
-
-
-def _content(path: Path) -> dict[bytes, bytes]:
-    store = Store(path)
-    return {key: bytes(store.read(entry)) for key in store if (entry := store.find(key))}
 
 
 def test_distils_as_from_the_teacher_itself(cached: Fill, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "eval_every_n_steps": 2, "kd_ratio": 0.8}
     distill(cached(ALL, teacher=None, output_dir=str(tmp_path / "online"), **settings))
     config = cached(ALL, **settings)
-    _fill(config, "check=True")
+    fill(config, "check=True")
     recipe = distill(config)
     assert recipe._teacher is not None
     assert recipe._teacher.online is None
@@ -74,7 +48,7 @@ def test_what_is_said_of_the_teacher_is_exact(
     settings = {"temperature": temperature, "max_steps": 1}
     distill(cached(encoding, teacher=None, output_dir=str(tmp_path / "online"), **settings))
     config = cached(encoding, **settings)
-    _fill(config)
+    fill(config)
     distill(config)
     online, found = logged(tmp_path / "online"), logged(tmp_path / "run")
     for name in ("cross_entropy", "accuracy", "entropy", "calibration_error"):
@@ -94,7 +68,7 @@ def test_says_what_the_teacher_makes_of_the_labels(
     cached: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = cached(TOP_K, temperature=2.0)
-    _fill(config)
+    fill(config)
     said = capsys.readouterr().out
     distill(cached(TOP_K, teacher=None, output_dir=str(tmp_path / "online"), max_steps=1))
     own = logged(tmp_path / "online")[0]["held_out/teacher_cross_entropy"]
@@ -105,9 +79,9 @@ def test_says_what_the_teacher_makes_of_the_labels(
 
 def test_a_cache_serves_any_batch_size_order_and_packing(cached: Fill, tmp_path: Path) -> None:
     config = cached(DRAWN)
-    _fill(config)
+    fill(config)
     before = snapshot(tmp_path / "cache")
-    _fill(config, "batch_size=5", "shuffle=False", "dataset.packed=True", "dataset.split_across_pack=False")
+    fill(config, "batch_size=5", "shuffle=False", "dataset.packed=True", "dataset.split_across_pack=False")
     assert snapshot(tmp_path / "cache").keys() == before.keys()
     packed = ("dataset.packed=True", "dataset.split_across_pack=False")
     distill(config, "batch_size=1", *packed)
@@ -116,19 +90,19 @@ def test_a_cache_serves_any_batch_size_order_and_packing(cached: Fill, tmp_path:
 def test_adds_only_what_is_missing(cached: Fill, toys: Toys, tmp_path: Path) -> None:
     rows = [{"text": sentence(i)} for i in (0, 1, 0, 2)]
     config = cached(dataset=text_section(write_jsonl(tmp_path / "data.jsonl", rows), toys.data / "cache"))
-    _fill(config, "~eval_dataset")
+    fill(config, "~eval_dataset")
     assert len(Store(tmp_path / "cache")) == 3  # a document that is there twice is kept once
     size = (tmp_path / "cache" / "part-00000.data").stat().st_size
-    _fill(config, "~eval_dataset")
+    fill(config, "~eval_dataset")
     assert (tmp_path / "cache" / "part-00000.data").stat().st_size == size
-    _fill(config)
+    fill(config)
     assert len(Store(tmp_path / "cache")) == 9
 
 
 def test_two_processes_write_what_one_does(cached: Fill, tmp_path: Path) -> None:
     config = cached(DRAWN)
-    _fill(config)
-    one = _content(tmp_path / "cache")
+    fill(config)
+    one = records(tmp_path / "cache")
     for share in ("False", "True"):
         words = ("teacher.path=shared", f"shard_teacher={share}")
         command = ("run", "--nproc_per_node", "2", "kd_recipes.cache_teacher", "--config", str(config), *words)
@@ -138,7 +112,7 @@ def test_two_processes_write_what_one_does(cached: Fill, tmp_path: Path) -> None
             "part-00000.data",
             "part-00001.data",
         ]
-        assert _content(tmp_path / "shared") == one
+        assert records(tmp_path / "shared") == one
         shutil.rmtree(tmp_path / "shared")
 
 
@@ -172,7 +146,7 @@ def test_through_the_command_line(cached: Fill, tmp_path: Path) -> None:
 
 def test_a_flipped_bit_is_found(cached: Fill, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = cached()
-    _fill(config)
+    fill(config)
     file = tmp_path / "cache" / "part-00000.data"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -191,7 +165,7 @@ def refused(
 
     def run(encoding: dict[str, Any], *overrides: str, recipe: str = "distill") -> str:
         config = cached(encoding)
-        _fill(config)
+        fill(config)
         before = snapshot(tmp_path / "cache")
 
         def loads(*_: Any, **__: Any) -> None:
@@ -239,7 +213,7 @@ def test_another_teacher_is_refused(recipe: str, refused: Callable[..., str], to
     found = refused(TOP_K, f"teacher_checkpointer.checkpoint_dir={other}", recipe=recipe)
     assert "model.safetensors is another one" in found
     shutil.copy(toys.teacher / "model.safetensors", other / "model.safetensors")  # the same in another place
-    _fill(tmp_path / "config.yaml", f"teacher_checkpointer.checkpoint_dir={other}")
+    fill(tmp_path / "config.yaml", f"teacher_checkpointer.checkpoint_dir={other}")
 
 
 def test_another_tokenizer_is_named(refused: Callable[..., str], toys: Toys, tmp_path: Path) -> None:
@@ -277,5 +251,5 @@ def test_a_cache_needs_to_be_told_how(cached: Fill, capfd: pytest.CaptureFixture
 
 
 def test_a_distillation_takes_what_it_finds_and_needs_no_teacher_in_its_config(cached: Fill) -> None:
-    _fill(cached(DRAWN))
+    fill(cached(DRAWN))
     distill(cached(None, teacher_model=None, teacher_checkpointer=None))

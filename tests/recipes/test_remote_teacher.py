@@ -338,6 +338,16 @@ def test_a_cache_that_a_server_cannot_fill_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
+def test_fewer_ids_than_a_cache_has_are_not_added_to_it(
+    write: Write, server: Served, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _cached(write, server, tmp_path)
+    assert run_recipe("cache_teacher", ["--config", str(config), "~eval_dataset"]) == 0
+    fewer = ("teacher.encoding=null", "teacher.source.k=4")
+    assert run_recipe("cache_teacher", ["--config", str(config), *fewer]) == EXIT_BAD_INPUT
+    assert re.search("teacher.encoding: got .*'k': 8.*of the cache.*at most 4", capfd.readouterr().err)
+
+
 def test_each_process_asks_about_its_own_rows(write: Write, serve: Serve, tmp_path: Path) -> None:
     served = serve()
     config = write(served.url, max_steps=2, eval_dataset=None, more={"num_ahead": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,11 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     store.read(entries[0])
     with pytest.raises(StorageError, match="damaged at byte 100"):
         store.read(entries[1])
-    assert len(store.damage()) == 1
+    assert store.damage().keys() == {b"b" * 16}
+    store.forget(store.damage())
+    assert set(Store(tmp_path)) == {b"a" * 16}
+    _write(tmp_path, 1, "b")
+    assert not Store(tmp_path).damage()
 
 
 def test_a_part_has_one_writer(tmp_path: Path) -> None:
@@ -157,6 +162,17 @@ def test_a_part_has_one_writer(tmp_path: Path) -> None:
 
 def test_data_that_is_shorter_than_its_index_is_said_to_be(tmp_path: Path) -> None:
     _write(tmp_path, 0, "a")
-    (tmp_path / "part-00000.data").write_bytes(b"a" * 50)
+    for content in (b"a" * 50, b""):
+        (tmp_path / "part-00000.data").write_bytes(content)
+        with pytest.raises(StorageError, match="shorter"):
+            Store(tmp_path)
+    (tmp_path / "part-00000.data").unlink()
     with pytest.raises(StorageError, match="shorter"):
         Store(tmp_path)
+
+
+def test_files_of_other_names_are_no_parts(tmp_path: Path) -> None:
+    _write(tmp_path, 0, "a")
+    for name in ("part-zz.index", "part-00001.index.old", "part-0000x.index"):
+        shutil.copy(tmp_path / "part-00000.index", tmp_path / name)
+    assert len(Store(tmp_path)) == 1

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kd_recipes.batch import Batch
-from kd_recipes.errors import ConfigError
+from kd_recipes.batch import IGNORE_INDEX, Batch
+from kd_recipes.errors import ConfigError, RunError
 from kd_recipes.losses import ForwardKL, LossSum, Objective, ReverseKL
 from kd_recipes.signals import DenseSignal, Exact, LinearLogits, SparseSignal
 from kd_recipes.teachers import RandomSampling, TopK
-from kd_recipes.teachers.cache.encodings import encoding_of
+from kd_recipes.teachers.cache.content import documents
+from kd_recipes.teachers.cache.encodings import Encoding, encoding_of
+from kd_recipes.teachers.cache.fill import Scribe
+from kd_recipes.teachers.cache.record import Layout
 
 V = 23
 
@@ -121,3 +125,27 @@ def test_settings_make_the_encoding_again() -> None:
         assert (type(again), again.settings()) == (type(encoding), encoding.settings())
     with pytest.raises(ConfigError, match=r"\.k: got 0"):
         TopK(0)
+
+
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf])
+@pytest.mark.parametrize("encoding", [TopK(3), RandomSampling(3)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_is_no_distribution_is_not_kept(encoding: Encoding, temperature: float, logit: float) -> None:
+    z_TV = _log_p(4)
+    z_TV[2, 1] = logit
+    labels = torch.tensor([[3, 1, 4, 1]])
+    batch = Batch(torch.zeros_like(labels), labels)
+    wanted = {document.key: document.positions_n for document in documents(batch)}
+    scribe = Scribe(encoding, Layout(V, 3, encoding.is_drawn, 1 if temperature == 1 else 2), temperature)
+    with pytest.raises(RunError, match="nan or inf at 1 of 4 tokens"):
+        list(scribe.records(DenseSignal(LinearLogits(given_TV=z_TV)), batch, wanted))
+    labels[0, 2] = IGNORE_INDEX  # of a token without a label nothing is kept
+    wanted = {document.key: document.positions_n for document in documents(batch)}
+    assert len(list(scribe.records(DenseSignal(LinearLogits(given_TV=z_TV)), batch, wanted))) == 1
+
+
+@pytest.mark.parametrize("number", [8.7, True, "8", None])
+def test_a_number_of_ids_is_a_whole_number(number: Any) -> None:
+    for encoding in (TopK, RandomSampling):
+        with pytest.raises(ConfigError, match="a whole number"):
+            encoding(number)

@@ -118,12 +118,17 @@ class RandomSampling(Encoding):
 
 
 def encoding_of(settings: Mapping[str, Any]) -> Encoding:
-    """The inverse of :meth:`Encoding.settings`."""
+    """The inverse of :meth:`Encoding.settings`.
+
+    Raises:
+        KeyError, TypeError: there is no such encoding.
+        ConfigError: its number is none.
+    """
     kinds: dict[str, Callable[..., Encoding]] = {"TopK": TopK, "RandomSampling": RandomSampling}
     return kinds[settings["kind"]](**{name: value for name, value in settings.items() if name != "kind"})
 
 
 def _in_range(key: str, value: int) -> int:
-    if not 1 <= value <= MAX_WIDTH:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_WIDTH:
         raise ConfigError(Problem(key, value, f"a whole number from 1 to {MAX_WIDTH}"))
-    return int(value)
+    return value

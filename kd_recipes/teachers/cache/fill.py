@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kd_recipes.batch import IGNORE_INDEX, Batch
+from kd_recipes.errors import RunError
 from kd_recipes.signals import DenseSignal, Exact, Signal, SparseSignal
 from kd_recipes.teachers.cache.content import Document, Positions, documents, uniform
 from kd_recipes.teachers.cache.encodings import Encoding, Named
@@ -100,6 +101,9 @@ class Scribe:
             signal: of the teacher on the batch.
             batch: in which the documents are.
             wanted: key -> positions.
+
+        Raises:
+            RunError: what the teacher says somewhere is no distribution.
         """
         chosen: dict[bytes, Document] = {}
         for document in documents(batch):
@@ -134,11 +138,14 @@ class Scribe:
         exact = [Exact.of(log_p_nV, labels_n)]
         if self.layout.num_temperatures == 2:
             exact.append(Exact.of(logits_nV.log_softmax(-1), labels_n))
+        for known in exact:
+            _require_numbers(known.log_p_likeliest_T, known.log_p_label_T, known.entropy_T)
         return self.encoding.name(log_p_nV, uniform_nD), exact
 
     def _of_likeliest(self, known: SparseSignal) -> tuple[Named, list[Exact]]:
         """Of a teacher that names its likeliest ids itself: as many as are kept, or more."""
         assert known.unsoftened is not None
+        _require_numbers(known.unsoftened.log_p_likeliest_T)  # of label and entropy nan says that they are not told
         order_nK = known.log_p_TK.argsort(-1, descending=True)
         kept_nK, others_nK = order_nK[:, : self.layout.width], order_nK[:, self.layout.width :]
         log_tail_n = torch.logaddexp(known.log_tail_T, known.log_p_TK.gather(1, others_nK).logsumexp(-1))
@@ -171,6 +178,20 @@ class Scribe:
             whole(exact[0].likeliest_T),
             np.stack([code(nats.nan_to_num(nan=-torch.inf, neginf=-1e6)) for nats in facts], 1),
         )
+
+
+def _require_numbers(*nats: Tensor) -> None:
+    """Refuse a nan: as a code it would be a probability of 1.
+
+    Raises:
+        RunError: there is one.
+    """
+    for nats_n in nats:
+        if num_lost := int(nats_n.isnan().sum()):
+            raise RunError(
+                f"the teacher's logits are nan or inf at {num_lost:,} of {len(nats_n):,} tokens: nothing of this batch "
+                "is kept. Its weights are damaged, or its numbers too large for its dtype: teacher_dtype=fp32 tells"
+            )
 
 
 def rounds(

@@ -13,7 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_recipes.compression.checkpoint import file_stamps, weight_files
 from kd_recipes.errors import ConfigError, Problem, one_line
-from kd_recipes.storage import atomic_directory, describe_files, require_vacant, write_json
+from kd_recipes.headers import checkpoint_files, names_files
+from kd_recipes.storage import atomic_directory, describe_files, is_inside, require_vacant, write_json
+from kd_recipes.teachers.cache.encodings import encoding_of
+from kd_recipes.teachers.cache.store import Writer, has_records, is_part
 from kd_recipes.tokenizers import token_ids
 
 FORMAT = 1
@@ -56,15 +59,22 @@ class Identity:
         return "probe" not in self.weights
 
     def save(self, directory: Path, tokens: Mapping[str, int]) -> None:
-        """Begin a cache with it, and with the map from tokens to ids.
+        """Begin a cache with it, and with the map from tokens to ids; one that has no record is replaced.
 
         Raises:
-            ConfigError: there is something else in the directory.
+            ConfigError: there is something else in the directory, or it cannot be made.
         """
-        require_vacant(directory, key="teacher.path")
-        with atomic_directory(directory) as temporary:
-            write_json(temporary / _TOKENS, tokens)
-            write_json(temporary / _FILE, asdict(self))
+        if _is_bare(directory):
+            Writer(directory, 0).close()  # or another process is about to add the first record
+        else:
+            require_vacant(directory, key="teacher.path")
+        try:
+            with atomic_directory(directory) as temporary:
+                write_json(temporary / _TOKENS, tokens)
+                write_json(temporary / _FILE, asdict(self))
+        except OSError as error:
+            wanted = "a place where a directory can be made"
+            raise ConfigError(Problem("teacher.path", str(directory), wanted, one_line(error))) from error
 
     @classmethod
     def load(cls, directory: Path) -> Identity | None:
@@ -78,14 +88,33 @@ class Identity:
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                wanted = f"a cache of format {FORMAT}"
-                raise ConfigError(Problem(".path", f"{directory}, format {content['format']}", wanted))
-            return cls(**content)
+            version = content["format"]
+            if version == FORMAT:
+                identity = cls(**content)
+                identity._require_sound()
+                return identity
         except (OSError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(Problem(".path", str(file), "a cache.json that can be read", one_line(error))) from error
+        raise ConfigError(Problem(".path", f"{directory}, format {version}", f"a cache of format {FORMAT}"))
+
+    def _require_sound(self) -> None:
+        """Refuse what no cache is of.
+
+        Raises:
+            ValueError, TypeError, KeyError: what is wrong.
+        """
+        encoding_of(self.encoding)
+        for name in ("model", "weights", "stamps"):
+            dict(getattr(self, name))
+        if not (isinstance(self.num_ids, int) and self.num_ids > 0 and float(self.temperature) > 0):
+            raise ValueError(f"num_ids {self.num_ids!r}, temperature {self.temperature!r}")
+
+
+def _is_bare(directory: Path) -> bool:
+    """Whether there is nothing but a cache that has no record."""
+    files = [*directory.iterdir()] if directory.is_dir() else []
+    is_cache = any(file.name == _FILE for file in files)
+    return is_cache and all(f.name in (_FILE, _TOKENS) or is_part(f) for f in files) and not has_records(directory)
 
 
 def quantization_of(cfg: DictConfig) -> Any:
@@ -118,11 +147,31 @@ def teacher_directory(section: DictConfig) -> Path | None:
 
 
 def hash_weights(section: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Size and SHA-256 of a checkpointer's files, and their stamps."""
+    """Size and SHA-256 of a checkpointer's files, and their stamps; nothing where no file is known.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     directory = teacher_directory(section)
     if directory is None:
         return {"checkpointer": plain(section)}, {}
-    return describe_files(directory, weight_files(directory)), file_stamps(directory)
+    files = _files_of(section, directory)
+    try:
+        return describe_files(directory, files), file_stamps(directory, files)
+    except OSError as error:
+        wanted = "files that can be read"
+        raise ConfigError(Problem("teacher_checkpointer", str(directory), wanted, one_line(error))) from error
+
+
+def _files_of(section: DictConfig, directory: Path) -> list[Path]:
+    """What a checkpointer reads: of the files that it names those that are there, or all safetensors of its model."""
+    if not names_files(section):
+        return weight_files(directory)
+    return sorted(file for file in checkpoint_files(section) if file.is_file() and _is_below(file, directory))
+
+
+def _is_below(file: Path, directory: Path) -> bool:
+    return file.is_relative_to(directory) and is_inside(str(file.relative_to(directory)))
 
 
 def differences(
@@ -148,12 +197,19 @@ def differences(
             yield Problem("teacher_quantization", quantization_of(cfg), wanted, _AGAIN)
     digest, tokens = hash_tokens(cfg.tokenizer)
     if digest != cache.tokens:
-        known = json.loads((directory / _TOKENS).read_text(encoding="utf-8"))
-        got = str(cfg.tokenizer.get("path"))
+        got, known = str(cfg.tokenizer.get("path")), _known_tokens(directory) or tokens
         if changed := set(tokens.items()) ^ set(known.items()):
             token, _ = min(changed, key=lambda item: (item[1], item[0]))
             got = f"{token!r} is {tokens.get(token)} for the tokenizer and {known.get(token)} for the cache"
         yield Problem("tokenizer.path", got, "the tokenizer that the cache was made with", _AGAIN)
+
+
+def _known_tokens(directory: Path) -> dict[str, int]:
+    """The map from tokens to ids that a cache has; an empty one where it cannot be read."""
+    try:
+        return dict(json.loads((directory / _TOKENS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _section_problems(cache: Identity, key: str, new: Mapping[str, Any]) -> Iterator[Problem]:
@@ -180,12 +236,19 @@ def probe_problems(cache: Identity, said: Mapping[str, list[float]]) -> Iterator
 
 def _weight_problems(cache: Identity, section: DictConfig) -> Iterator[Problem]:
     directory = teacher_directory(section)
-    if directory is not None and file_stamps(directory) == dict(cache.stamps):
+    if not cache.weights:
+        wanted = "a cache that knows its teacher's files"
+        yield Problem("teacher.path", "one that does not, of an earlier version", wanted, "Make it again")
+        return
+    if directory is not None and file_stamps(directory, _files_of(section, directory)) == dict(cache.stamps):
         return  # hashing a large teacher takes a minute
     weights, _ = hash_weights(section)
     if weights != dict(cache.weights):
         name = next(n for n in sorted({*weights, *cache.weights}) if weights.get(n) != cache.weights.get(n))
-        got = f"{directory}, whose {name} is another one"
+        if name not in weights or name not in cache.weights:
+            got = f"{directory}, of which {name} is {'' if name in weights else 'not '}read"
+        else:
+            got = f"{directory}, whose {name} is another one"
         yield Problem("teacher_checkpointer.checkpoint_dir", got, "the teacher that the cache was made of", _AGAIN)
 
 

@@ -21,10 +21,10 @@ from kd_recipes.errors import ConfigError, Problem, RunError, within
 from kd_recipes.parts import build, build_model
 from kd_recipes.signals import Exact, SparseSignal
 from kd_recipes.teachers.cache.content import Document, documents
-from kd_recipes.teachers.cache.encodings import Encoding
+from kd_recipes.teachers.cache.encodings import Encoding, encoding_of
 from kd_recipes.teachers.cache.identity import Identity, differences
 from kd_recipes.teachers.cache.record import NUM_FACTS, Kept, Layout, first_of_each, from_code
-from kd_recipes.teachers.cache.store import Entry, Store, positions_checksum
+from kd_recipes.teachers.cache.store import Entry, Store, has_records, positions_checksum
 from kd_recipes.teachers.limits import loss_problems, temperature_problems
 from kd_recipes.teachers.online import OnlineTeacher
 from kd_recipes.teachers.teacher import CacheableSource, Surroundings, TeacherSource
@@ -56,13 +56,13 @@ class CachedTeacher(TeacherSource):
         self.path = Path(path)
         self.source: CacheableSource | None = None
         if source is not None:
-            self.source = within(".source", lambda: build(".source", DictConfig(source)))
+            self.source = within(".source", lambda: build("", DictConfig(source)))
             if not isinstance(self.source, CacheableSource):
                 wanted = "a kd_recipes.teachers.RemoteTeacher"
                 raise ConfigError(Problem(".source", source.get("_component_"), wanted))
         self.encoding: Encoding | None = None
         if encoding is not None:
-            self.encoding = within(".encoding", lambda: build(".encoding", DictConfig(encoding)))
+            self.encoding = within(".encoding", lambda: build("", DictConfig(encoding)))
             if not isinstance(self.encoding, Encoding):
                 wanted = "a kd_recipes.teachers.TopK or RandomSampling"
                 raise ConfigError(Problem(".encoding", encoding.get("_component_"), wanted))
@@ -84,6 +84,32 @@ class CachedTeacher(TeacherSource):
         if (num_rows := _torchtune.model_size(model).num_rows) < identity.num_ids:
             wanted = f"a student with the {identity.num_ids} ids of the cache"
             yield Problem("model", f"{num_rows} rows", wanted, "Make the cache with this student in the config")
+
+    def choose_encoding(self) -> Encoding:
+        """What ``cache_teacher`` is to keep: what is given here, or what the cache that is there has.
+
+        Raises:
+            ConfigError: neither says, or the source does not tell as much.
+        """
+        there = Identity.load(self.path)
+        encoding = self.encoding or (encoding_of(there.encoding) if there else None)
+        if encoding is None:
+            remedy = "kd_recipes.teachers.RandomSampling {num_draws: 50} needs the least room"
+            raise ConfigError(Problem(".encoding", None, "a kd_recipes.teachers.TopK or RandomSampling", remedy))
+        if self.source is not None and (encoding.is_drawn or encoding.width > self.source.k):
+            wanted = f"a kd_recipes.teachers.TopK of at most {self.source.k}, the ids that the server is asked for"
+            got = encoding.settings() if self.encoding else f"{encoding.settings()}, of the cache"
+            raise ConfigError(Problem(".encoding", got, wanted))
+        return encoding
+
+    def recorded(self) -> Identity | None:
+        """What the cache is of; None where none is there, or one without a record, which may be replaced."""
+        return Identity.load(self.path) if has_records(self.path) else None
+
+    def num_ids(self, num_rows: int) -> int:
+        """Those of the cache, to which a student with more gives no mass."""
+        identity = Identity.load(self.path)
+        return num_rows if identity is None else min(num_rows, identity.num_ids)
 
     @property
     def _layout(self) -> Layout:
@@ -164,6 +190,11 @@ class Cache:
         )
         kept = Kept.join([Kept.of(self._num_facts), *map(self._look_up, found)])
         return self._signal(kept, torch.from_numpy(places_n), num_tokens).to(batch.tokens_BS.device)
+
+    @property
+    def num_ids(self) -> int:
+        """That its distributions are over."""
+        return self._identity.num_ids
 
     @property
     def _num_facts(self) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kd_recipes.errors import ConfigError, Problem
-from kd_recipes.storage import StorageError, explain_disk_errors
+from kd_recipes.storage import StorageError, atomic_file, explain_disk_errors
 
 _LINE = np.dtype(
     [
@@ -58,6 +59,20 @@ class Entry:
 def positions_checksum(positions_n: np.ndarray) -> int:
     """A number that says which positions these are."""
     return zlib.crc32(positions_n.astype("<i8").tobytes())
+
+
+def _indexes(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"part-{'[0-9]' * 5}.index"))
+
+
+def has_records(directory: Path) -> bool:
+    """Whether a store has any, be they damaged."""
+    return any(len(_read_index(index)[0]) for index in _indexes(directory))
+
+
+def is_part(file: Path) -> bool:
+    """Whether it is a file of a store, by its name."""
+    return re.fullmatch(r"part-\d{5}\.(data|index)", file.name) is not None
 
 
 def _files(directory: Path, part: int) -> tuple[Path, Path]:
@@ -152,7 +167,7 @@ class Store:
         self._maps: dict[int, mmap.mmap] = {}
         self._entries: dict[bytes, Entry] = {}
         self._directory = directory
-        for index in sorted(directory.glob("part-*.index")):
+        for index in _indexes(directory):
             self._add_part(index)
 
     def _add_part(self, index: Path) -> None:
@@ -160,12 +175,13 @@ class Store:
         lines, _ = _read_index(index)
         if not len(lines):
             return
-        with _files(self._directory, part)[0].open("rb") as file:
-            self._maps[part] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        last = lines[-1]
-        if len(self._maps[part]) < last["offset"] + last["size"]:
+        data, _ = _files(self._directory, part)
+        num_bytes = int(lines[-1]["offset"]) + int(lines[-1]["size"])
+        if (data.stat().st_size if data.is_file() else 0) < num_bytes:
             remedy = "remove both, and run cache_teacher again, which computes only what is missing"
-            raise StorageError(f"{file.name} is shorter than {index} says: {remedy}")
+            raise StorageError(f"{data} is shorter than {index} says: {remedy}")
+        with data.open("rb") as file:
+            self._maps[part] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for line in lines:
             key, *numbers, _ = line.tolist()
             entry = Entry(part, *numbers)
@@ -203,17 +219,32 @@ class Store:
         """
         record = memoryview(self._maps[entry.part])[entry.offset : entry.offset + entry.size]
         if zlib.crc32(record) != entry.checksum:
-            data, index = _files(self._directory, entry.part)
-            remedy = f"Remove it and {index.name}, and run cache_teacher again, which computes only what is missing"
+            data, _ = _files(self._directory, entry.part)
+            remedy = "Run cache_teacher again, without check, which asks about what is damaged or missing"
             raise StorageError(f"{data} is damaged at byte {entry.offset}: its checksum differs. {remedy}")
         return record
 
-    def damage(self) -> list[str]:
-        """What is wrong with records, all of which are read."""
-        found = []
-        for entry in self._entries.values():
+    def damage(self) -> dict[bytes, str]:
+        """What is wrong with records, by key; all of them are read."""
+        found = {}
+        for key, entry in self._entries.items():
             try:
                 self.read(entry)
             except StorageError as error:
-                found.append(str(error))
+                found[key] = str(error)
         return found
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Take records out of the index, so that they are missing. This store is not to be read afterwards.
+
+        Raises:
+            ConfigError: another process adds to a part.
+        """
+        entries = [self._entries[key] for key in keys]
+        for part in sorted({entry.part for entry in entries}):
+            offsets = [entry.offset for entry in entries if entry.part == part]
+            writer, (_, index) = Writer(self._directory, part), _files(self._directory, part)
+            lines, _ = _read_index(index)
+            with atomic_file(index) as file:
+                file.write_bytes(lines[~np.isin(lines["offset"], offsets)].tobytes())
+            writer.close()
