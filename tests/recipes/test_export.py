@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from bad_input import WriteConfig
+from safetensors.torch import load_file, save_file
 
-from kd_recipes.compression import LowRank, Quantization, read_checkpoint
+from kd_recipes.compression import LowRank, Quantization, ToDense, read_checkpoint
 from kd_recipes.config import find_config
 from kd_recipes.entry import run_recipe
-from kd_recipes.exporting.formats import FORMATS
+from kd_recipes.exporting.formats import FORMATS, GGUF
 from toy import Toys, calibration, lora_section, save_model, save_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
@@ -184,9 +186,10 @@ def test_a_tokenizer_that_gguf_cannot_hold_is_refused_once_before_anything_is_wr
     toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     student = shutil.copytree(toys.student, tmp_path / "student")
-    content = json.loads((student / "tokenizer.json").read_text())
-    content["pre_tokenizer"]["use_regex"] = False
-    (student / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert run_recipe("export", words(student, tmp_path / "out", "hf,gguf_f16,gguf_q8_0,gguf_q4_k_m")) == 2
     assert capfd.readouterr().err.count("another way to split text") == 1
     assert not (tmp_path / "out").exists()
@@ -268,6 +271,68 @@ def test_what_is_not_installed_is_said_with_the_commands_that_install_it(
     assert "formats: got 'gguf_f16', wanted the package llama_cpp. pip install llama-cpp-python" in said
     assert "pip install --no-deps executorch==" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_what_executorch_needs_and_no_deps_has_left_out_is_said(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def find(name: str) -> object:
+        if name == "ruamel.yaml":
+            raise ModuleNotFoundError  # as where there is no ruamel at all
+        return None if name == "flatbuffers" else name
+
+    monkeypatch.setattr("kd_recipes.exporting.formats.find_spec", find)
+    assert run_recipe("export", words(toys.student, tmp_path / "out", "hf,executorch_fp32")) == 2
+    commands = "pip install flatbuffers ruamel.yaml sortedcontainers tabulate"
+    wanted = f"formats: got 'executorch_fp32', wanted the packages flatbuffers, ruamel.yaml. {commands}\n"
+    assert wanted in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_llama_cpp
+def test_llama_cpp_rounds_what_a_later_export_knows_how_to_remove(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    def refuse(whole: bytes, unfinished: bytes, settings: Any) -> int:
+        given.append(Path(whole.decode()).relative_to(tmp_path).as_posix())
+        return 1
+
+    monkeypatch.setattr("llama_cpp.llama_model_quantize", refuse)
+    assert run_recipe("export", words(toys.student, tmp_path / "out", "gguf_q4_k_m")) == 1
+    assert given == [f"out/.q4_k_m.gguf.scratch-{os.getpid()}/whole.gguf"]
+    assert "llama.cpp could not write q4_k_m.gguf" in capfd.readouterr().err
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["gguf_q8_0", "gguf_q4_0"])
+def test_a_broken_file_is_an_error_however_few_its_bits(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    def damaged(self: Any, source: Any, path: Path, max_seq_len: int) -> None:
+        weights = load_file(source.directory / "model.safetensors")
+        weights["model.norm.weight"] *= -50  # what was likeliest is least likely
+        broken = shutil.copytree(source.directory, tmp_path / "broken")
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        write(self, read_checkpoint(broken), path, max_seq_len)
+
+    write = GGUF.write
+    monkeypatch.setattr(GGUF, "write", damaged)
+    assert run_recipe("export", words(toys.student, tmp_path / "out", name)) == 1
+    assert f"do not answer as it does: {name} (KL" in capfd.readouterr().err
+
+
+def test_hf_of_products_of_factors_keeps_their_dtype(toys: Toys, tmp_path: Path) -> None:
+    source = read_checkpoint(toys.student)
+    low_rank = LowRank(ratio=0.5, whiten=False, multiple_of=4)
+    for name in ("fp32", "bf16"):
+        dense = ToDense(dtype=name).apply(source, tmp_path / name, TEXT)  # type: ignore[arg-type]
+        factored = low_rank.apply(dense, tmp_path / f"factored_{name}", TEXT)
+        FORMATS["hf"].write(factored, tmp_path / f"hf_{name}", 64)
+        written = read_checkpoint(tmp_path / f"hf_{name}")
+        assert {spec.dtype for spec in written.specs} == {spec.dtype for spec in factored.specs}
+        assert written.config["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[name]
 
 
 def test_prompts_that_do_not_fit_are_refused(toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
