@@ -257,6 +257,13 @@ def test_executorch_answers_as_the_student_does(toys: Toys, tmp_path: Path) -> N
     assert found["executorch_8da4w"]["num_bytes"] < found["executorch_fp32"]["num_bytes"] / 2
 
 
+@pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+def test_executorch_computes_with_what_was_trained(toys: Toys, tmp_path: Path) -> None:
+    coded = Quantization("8da4w_g32", "8da8w", method="round")
+    source = coded.apply(read_checkpoint(toys.student), tmp_path / "coded", TEXT)
+    assert export(source.directory, tmp_path / "out", "executorch_8da4w")["executorch_8da4w"]["kl"] < 0.01
+
+
 @pytest.mark.slow
 def test_a_compiled_graph_answers_as_the_student_does(toys: Toys, tmp_path: Path) -> None:
     assert export(toys.student, tmp_path / "out", "aoti")["aoti"]["kl"] < 1e-8
