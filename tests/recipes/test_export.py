@@ -275,7 +275,8 @@ def test_what_is_not_installed_is_said_with_the_commands_that_install_it(
     monkeypatch.setattr("kd_recipes.exporting.formats.find_spec", lambda name: None)
     assert run_recipe("export", words(toys.student, tmp_path / "out", "gguf_f16,executorch_8da4w")) == 2
     said = capfd.readouterr().err
-    assert "formats: got 'gguf_f16', wanted the package llama_cpp. pip install llama-cpp-python" in said
+    wanted = "wanted the packages gguf, llama_cpp. pip install gguf, and pip install llama-cpp-python"
+    assert f"formats: got 'gguf_f16', {wanted}" in said
     assert "pip install --no-deps executorch==" in said
     assert not (tmp_path / "out").exists()
 
