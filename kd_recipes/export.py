@@ -6,9 +6,9 @@ logits, greedy text, speed, memory. The table is printed and written to ``output
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from kd_recipes import __version__
 from kd_recipes.compression import read_checkpoint, sections
-from kd_recipes.compression.checkpoint import file_stamps
+from kd_recipes.compression.checkpoint import HFCheckpoint, companions, file_stamps
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, RunError, gather
 from kd_recipes.exporting.formats import FORMATS, Format
 from kd_recipes.exporting.probe import Answers, ProbeFailedError, Questions, ask, compare
+from kd_recipes.exporting.record import TABLE, Record, files_of
 from kd_recipes.exporting.runtimes import Runtime, Student
-from kd_recipes.storage import atomic_file, explain_disk_errors, require_vacant, write_json
+from kd_recipes.storage import describe_files, explain_disk_errors
 from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
 
 PROMPTS = (
@@ -37,10 +39,9 @@ PROMPTS = (
     "def mean(values):\n    # The arithmetic mean of a list of numbers.\n    return",
     "Question: What is the capital of France, and on which river does it lie?\nAnswer:",
 )
-_RECORD = "export.json"
 _HEAD = (
     *("", "size, MB", "KL", "largest difference", "agreement", "same texts", "same tokens"),
-    *("load, s", "prefill", "decode", "peak, MB"),
+    *("load, s", "prefill, tokens/s", "decode, tokens/s", "peak, MB"),
 )
 
 KEYS = (
@@ -69,31 +70,42 @@ def main(cfg: DictConfig) -> None:
         lambda: _formats(cfg.formats),
         lambda: sections(Path(cfg.checkpoint_dir)),  # whether it is a model that there is a builder for
     )
-    if problems := [problem for form in formats for problem in form.problems(source)]:
-        raise ConfigError(*problems)
+    problems = {str(problem): problem for form in formats for problem in form.problems(source)}
+    if problems:  # the same tokenizer's is one, of however many formats
+        raise ConfigError(*problems.values())
     max_seq_len = min(int(cfg.max_seq_len), int(source.config["max_position_embeddings"]))
     questions = _questions(cfg, tokenizer, max_seq_len)
-    made_of = {"stamps": file_stamps(source.directory), "max_seq_len": max_seq_len, **asdict(questions)}
-    done = _done(output_dir, made_of)
-    student: Answers | None = None
+    record = Record.read(output_dir, _made_of(source, max_seq_len), asdict(questions))
+    ask_student = cache(lambda: _ask(Student, source.directory, questions, "student"))
     with explain_disk_errors(output_dir):
-        _save(output_dir, made_of, done)  # so that what a first format has begun is known to be ours
+        record.settle()
         for form in (progress := tqdm(formats, "export", unit="format")):
             progress.set_postfix_str(form.name)
             path = output_dir / form.path
-            if form.name in done and path.exists():
-                continue
-            form.write(source, path, max_seq_len)
-            answers = _ask(form.runtime, path, questions, form.name)
-            student = student or _ask(Student, source.directory, questions, "student")
-            alike = compare(student, answers, tokenizer.vocab_size)
-            done[form.name] = {**asdict(alike), **_cost(path, answers)}
-            done["student"] = {**_cost(source.directory, student), "num_bytes": source.num_bytes}  # no adapters
-            _save(output_dir, made_of, done)
-    table = _table(done)
-    (output_dir / "export.md").write_text(table + "\n", encoding="utf-8")
+            if not record.holds(form):
+                form.write(source, record.make_room(form), max_seq_len)
+                record.add(form)
+            if form.name not in record.results:
+                answers = _ask(form.runtime, path, questions, form.name)
+                alike = compare(ask_student(), answers, tokenizer.vocab_size)
+                record.results[form.name] = {**asdict(alike), **_cost(path, answers)}
+                num_bytes = {"num_bytes": source.num_bytes}  # without the adapters that may lie beside
+                record.results["student"] = {**_cost(source.directory, ask_student()), **num_bytes}
+                record.save()
+        table = _table(record.results)
+        (output_dir / TABLE).write_text(table + "\n", encoding="utf-8")
     print(table)
-    _require_alike(done)
+    _require_alike(record.results, source)
+
+
+def _made_of(source: HFCheckpoint, max_seq_len: int) -> dict[str, Any]:
+    beside = describe_files(source.directory, companions(source.directory))
+    return {
+        "version": __version__,
+        "weights": file_stamps(source.directory),
+        "companions": {name: described["sha256"] for name, described in beside.items()},
+        "max_seq_len": max_seq_len,
+    }
 
 
 def _questions(cfg: DictConfig, tokenizer: HFTokenizer, max_seq_len: int) -> Questions:
@@ -115,21 +127,6 @@ def _formats(names: Sequence[str]) -> list[Format]:
     return [FORMATS[name] for name in names]
 
 
-def _done(output_dir: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """The formats that are there already, of the same student."""
-    record = output_dir / _RECORD
-    if not record.is_file():
-        require_vacant(output_dir)
-        return {}
-    found = json.loads(record.read_text(encoding="utf-8"))
-    return dict(found["formats"]) if found["made_of"] == json.loads(json.dumps(made_of)) else {}
-
-
-def _save(output_dir: Path, made_of: Mapping[str, Any], done: Mapping[str, Any]) -> None:
-    with atomic_file(output_dir / _RECORD) as new:
-        write_json(new, {"made_of": made_of, "formats": done})
-
-
 def _ask(runtime: type[Runtime], path: Path, questions: Questions, name: str) -> Answers:
     try:
         return ask(runtime, path, questions)
@@ -138,9 +135,8 @@ def _ask(runtime: type[Runtime], path: Path, questions: Questions, name: str) ->
 
 
 def _cost(path: Path, answers: Answers) -> dict[str, Any]:
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     names = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
-    num_bytes = sum(file.stat().st_size for file in files)
+    num_bytes = sum(file.stat().st_size for file in files_of(path))
     return {"num_bytes": num_bytes, **{name: getattr(answers, name) for name in names}}
 
 
@@ -149,11 +145,12 @@ def _table(done: Mapping[str, Any]) -> str:
 
 
 def _rows(done: Mapping[str, Any]) -> Iterator[str]:
-    """Speeds over the student's."""
+    """Speeds are tokens a second, and in brackets how many times the student's."""
     reference = done["student"]
     for name, found in sorted(done.items(), key=lambda item: item[0] != "student"):
         speeds = [
-            f"{found[key] / reference[key]:.2f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
+            f"{found[key]:.1f} ({found[key] / reference[key]:.2f})"
+            for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
         ]
         alike = [""] * 5
         if "kl" in found:
@@ -164,16 +161,20 @@ def _rows(done: Mapping[str, Any]) -> Iterator[str]:
         yield "| " + " | ".join([name, size, *alike, f"{found['load_seconds']:.1f}", *speeds, peak]) + " |"
 
 
-def _require_alike(done: Mapping[str, Any]) -> None:
+def _require_alike(done: Mapping[str, Any], source: HFCheckpoint) -> None:
     """Raise a RunError where a file is not the student's."""
-    files = {name: (FORMATS[name].most_kl, found) for name, found in done.items() if name in FORMATS}
+    files = {name: (FORMATS[name].most_kl(source), found) for name, found in done.items() if name in FORMATS}
     wrong = [
-        f"{name} (KL {found['kl']:.2g})" for name, (most, found) in files.items() if most and not found["kl"] < most
+        f"{name} (KL {found['kl']:.2g}, limit {most})"
+        for name, (most, found) in files.items()
+        if not found["kl"] < most
     ]
+    remedy = "What is removed is written again by the next run"
     if wrong:
-        raise RunError(f"these hold the student's numbers and do not answer as it does: {', '.join(wrong)}")
+        what = "these are further from the student than their numbers can be, and do not answer as it does"
+        raise RunError(f"{what}: {', '.join(wrong)}. {remedy}")
     if others := [name for name, (_, found) in files.items() if found["same_tokens"] is False]:
-        raise RunError(f"the tokenizers in these make other tokens of the prompts: {', '.join(others)}")
+        raise RunError(f"the tokenizers in these make other tokens of the prompts: {', '.join(others)}. {remedy}")
 
 
 if __name__ == "__main__":

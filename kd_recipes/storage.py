@@ -64,7 +64,7 @@ def _unfinished(path: Path) -> Iterator[tuple[Path, Path]]:
     path = Path(os.path.abspath(path))
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clean_stale(path)
+        clean_stale(path)
         yield path, path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
@@ -122,7 +122,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.scratch-{os.getpid()}")
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clean_stale(path, ("scratch",))
+        clean_stale(path, ("scratch",))
         scratch.mkdir()
         try:
             yield scratch
@@ -147,8 +147,13 @@ def _replace_directory(path: Path, new: Path) -> None:
         shutil.rmtree(old)
 
 
-def _clean_stale(path: Path, kinds: Sequence[str] = ("tmp", "old")) -> None:
-    """Remove temporary directories of dead writers; put back a directory that one of them had moved aside."""
+def clean_stale(path: Path, kinds: Sequence[str] = ("tmp", "old")) -> None:
+    """Remove what dead writers of ``path`` left beside it; put back a directory that one of them had moved aside.
+
+    Args:
+        path: a file or directory that is, or was to be, written.
+        kinds: of what is removed: ``tmp`` and ``old``, and ``scratch`` where this process itself has none in use.
+    """
     for stale in path.parent.glob(f".{path.name}.*-*"):
         kind, _, pid = stale.name.removeprefix(f".{path.name}.").partition("-")
         if kind not in kinds or not pid.isdecimal() or _is_another_live_process(int(pid)):

@@ -32,6 +32,11 @@ RECORD = "compression.json"
 SECTIONS = "model.yaml"
 _INDEX = "model.safetensors.index.json"
 _BLOCK = re.compile(r"model\.layers\.(\d+)\..+")
+_ADAPTER_REMEDY = (
+    "It holds adapters alone. Run the distillation again with resume_from_checkpoint=True "
+    "save_adapter_weights_only=False: final/ is then the student with its adapters merged. Other programs' adapters "
+    "are merged by peft's merge_and_unload"
+)
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
     *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
@@ -114,7 +119,8 @@ def read_checkpoint(directory: Path) -> HFCheckpoint:
     if missing or not names:
         wanted = "a directory with all its safetensors files"
         got = f"{directory} without {', '.join(missing) or 'model.safetensors'}"
-        raise ConfigError(Problem("checkpoint_dir", got, wanted))
+        is_adapter = (directory / "adapter_config.json").is_file()
+        raise ConfigError(Problem("checkpoint_dir", got, wanted, _ADAPTER_REMEDY if is_adapter else ""))
     shards = {name: tuple(read_safetensors_header(directory / name).values()) for name in names}
     forms = {name: written[name] for name in ("ranks", "schemes")} if is_compressed else {}
     checkpoint = HFCheckpoint(directory, config, shards, **forms)
@@ -304,10 +310,13 @@ def copy_model(source: Path, destination: Path) -> None:
 
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence."""
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, destination / path.name)
+    for path in companions(source):
+        shutil.copyfile(path, destination / path.name)
+
+
+def companions(directory: Path) -> list[Path]:
+    """Tokenizer, chat template, generation settings and licence of a model."""
+    return sorted({path for pattern in _COMPANIONS for path in directory.glob(pattern) if path.is_file()})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from kd_recipes.compression import ToDense
-from kd_recipes.compression.checkpoint import HFCheckpoint, copy_model
+from kd_recipes.compression.checkpoint import HFCheckpoint, block_of, copy_model
 from kd_recipes.compression.stream import Text
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.exporting import executorch, factored, gguf, graphs, llama_cpp, runtimes
+from kd_recipes.exporting.gguf_tokenizer import tokenizer_metadata
 from kd_recipes.tensor_files import FILE_DTYPES
 
 
@@ -27,22 +28,31 @@ class Format(ABC):
         name: as in a config.
         path: of it, in the output directory.
         runtime: that loads it.
-        packages: module -> the commands that install what writes it and loads it.
-        most_kl: nats a token that it may be from the student; None where numbers are rounded again, by whatever that
-            may cost.
+        packages: module -> the command that installs it, of what writes the file and loads it.
+        limit: nats a token that a file may be from the student before it is an error.
     """
 
     name: str
     path: str
     runtime: type[runtimes.Runtime]
     packages: dict[str, str]
-    most_kl: float | None
+    limit: float
+
+    @property
+    def missing(self) -> list[str]:
+        """Of the packages, those that are not installed."""
+        return [module for module in self.packages if not _is_installed(module)]
 
     def problems(self, source: HFCheckpoint) -> Iterator[Problem]:
-        """Why a checkpoint cannot have this format, by its headers alone."""
-        for module, commands in self.packages.items():
-            if find_spec(module) is None:
-                yield Problem("formats", self.name, f"the package {module}", commands)
+        """Why a checkpoint cannot have this format, by its headers and its tokenizer."""
+        if missing := self.missing:
+            wanted = f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+            commands = dict.fromkeys(self.packages[module] for module in missing)
+            yield Problem("formats", self.name, wanted, ", and ".join(commands))
+
+    def most_kl(self, source: HFCheckpoint) -> float:
+        """Nats a token that a file of a checkpoint may be from it: of one that has codes throughout, these are kept."""
+        return min(self.limit, NEAR) if _is_coded(source) else self.limit
 
     @abstractmethod
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
@@ -51,7 +61,11 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class HuggingFace(Format):
-    """A directory that transformers loads: adapters merged, factors multiplied, codes as numbers."""
+    """A directory that transformers loads: adapters merged, factors multiplied, codes as numbers.
+
+    Args:
+        dtype: of all numbers; by default that of the student's own, and float32 for codes.
+    """
 
     dtype: str | None = None
 
@@ -60,9 +74,8 @@ class HuggingFace(Format):
         if self.dtype is None and source.is_dense:
             copy_model(source.directory, path)
             return
-        exact = "fp32" if source.schemes else "bf16"
         no_text = Text((), torch.device("cpu"), torch.float32)
-        ToDense(dtype=self.dtype or exact).apply(source, path, no_text)  # type: ignore[arg-type]
+        ToDense(dtype=self.dtype or _widest(source)).apply(source, path, no_text)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,8 @@ class GGUF(Format):
     def problems(self, source: HFCheckpoint) -> Iterator[Problem]:
         """See :class:`Format`."""
         yield from super().problems(source)
-        try:
-            gguf.refuse(source, self.kind)
-        except ConfigError as error:
-            yield from error.problems
+        yield from _refusals(lambda: gguf.refuse(source, self.kind))
+        yield from _refusals(lambda: tokenizer_metadata(source.directory, int(source.config["vocab_size"])))
 
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
         """See :class:`Format`."""
@@ -137,41 +148,73 @@ class ExecuTorch(Format):
         """See :class:`Format`."""
         yield from super().problems(source)
         if self.is_quantized:
-            try:
-                executorch.refuse(source)
-            except ConfigError as error:
-                yield from error.problems
+            yield from _refusals(lambda: executorch.refuse(source))
 
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
         """See :class:`Format`."""
         executorch.write_program(source, path, max_seq_len, is_quantized=self.is_quantized)
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it lies in
+        return False
+
+
+def _is_coded(source: HFCheckpoint) -> bool:
+    """Whether all matrices of the blocks lie on a lattice."""
+    matrices = (spec.name for spec in source.specs if block_of(spec.name) is not None and len(spec.shape) == 2)
+    return all(name.endswith((".codes", ".scales")) for name in matrices)
+
+
+def _refusals(check: Callable[[], object]) -> tuple[Problem, ...]:
+    try:
+        check()
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _widest(source: HFCheckpoint) -> str:
+    """The dtype of a checkpoint's numbers; of several, and of points of lattices, float32, which holds them all."""
+    dtypes = {spec.dtype for spec in source.specs}
+    names = [name for name, dtype in FILE_DTYPES.items() if {dtype} == dtypes]
+    return names[0] if names and not source.schemes else "fp32"
+
+
 _TRANSFORMERS = {"transformers": "pip install transformers"}
 _LLAMA = {"gguf": "pip install gguf", "llama_cpp": "pip install llama-cpp-python"}
 # its own requirements name a torchao with which torchtune does not import
 _EXECUTORCH = {
-    "executorch": "pip install --no-deps executorch==1.5.1, and pip install flatbuffers ruamel.yaml sortedcontainers "
-    "tabulate"
+    "executorch": "pip install --no-deps executorch==1.5.1",
+    **dict.fromkeys(
+        ("flatbuffers", "ruamel.yaml", "sortedcontainers", "tabulate"),
+        "pip install flatbuffers ruamel.yaml sortedcontainers tabulate",
+    ),
 }
-_SAME, _NEAR = 0.01, 0.05  # programs that compute with the same numbers; llama.cpp rounds what comes into a layer
+# Nats a token. SAME: programs that compute with the same numbers. NEAR: with 16-bit or 8-bit ones (q8_0 of the
+# quickstart's student is at 0.004), or with inputs of layers that are rounded to 8 bits. BROKEN: with fewer bits than a
+# student was trained for, which may cost it much (there 0.4 in q2_k); with matrices in each other's place, or weights
+# out of place in their rows, it is at 10 to 16, and a guess that knows nothing at 7.
+SAME, NEAR, BROKEN = 0.01, 0.05, 4.0
 
 
 def _formats() -> Iterator[Format]:
-    yield HuggingFace("hf", "hf", runtimes.Transformers, _TRANSFORMERS, _SAME)
+    yield HuggingFace("hf", "hf", runtimes.Transformers, _TRANSFORMERS, SAME)
     for dtype in FILE_DTYPES:
-        most_kl = _SAME if dtype == "fp32" else _NEAR
-        yield HuggingFace(f"hf_{dtype}", f"hf_{dtype}", runtimes.Transformers, _TRANSFORMERS, most_kl, dtype)
-    yield Factored("hf_factors", "hf_factors", runtimes.Transformers, _TRANSFORMERS, _SAME)
+        limit = SAME if dtype == "fp32" else NEAR
+        yield HuggingFace(f"hf_{dtype}", f"hf_{dtype}", runtimes.Transformers, _TRANSFORMERS, limit, dtype)
+    yield Factored("hf_factors", "hf_factors", runtimes.Transformers, _TRANSFORMERS, SAME)
     for kind in gguf.KINDS:
-        limit = {"f32": _SAME, "f16": _NEAR, "bf16": _NEAR, "trained": _NEAR}.get(kind)
+        limit = {"f32": SAME, "q4_0": BROKEN}.get(kind, NEAR)
         yield GGUF(f"gguf_{kind}", f"{kind}.gguf", runtimes.LlamaCpp, _LLAMA, limit, kind)
     for kind in llama_cpp.KINDS:
-        yield QuantizedGGUF(f"gguf_{kind}", f"{kind}.gguf", runtimes.LlamaCpp, _LLAMA, None, kind)
-    yield Graph("torch_export", "model.pt2", runtimes.TorchExport, {}, _SAME)
-    yield Graph("aoti", "aoti.pt2", runtimes.Inductor, {}, _SAME, is_compiled=True)
-    yield ExecuTorch("executorch_fp32", "fp32.pte", runtimes.ExecuTorch, _EXECUTORCH, _SAME)
-    yield ExecuTorch("executorch_8da4w", "8da4w.pte", runtimes.ExecuTorch, _EXECUTORCH, None, is_quantized=True)
+        yield QuantizedGGUF(f"gguf_{kind}", f"{kind}.gguf", runtimes.LlamaCpp, _LLAMA, BROKEN, kind)
+    yield Graph("torch_export", "model.pt2", runtimes.TorchExport, {}, SAME)
+    yield Graph("aoti", "aoti.pt2", runtimes.Inductor, {}, SAME, is_compiled=True)
+    yield ExecuTorch("executorch_fp32", "fp32.pte", runtimes.ExecuTorch, _EXECUTORCH, SAME)
+    yield ExecuTorch("executorch_8da4w", "8da4w.pte", runtimes.ExecuTorch, _EXECUTORCH, BROKEN, is_quantized=True)
 
 
 FORMATS: dict[str, Format] = {found.name: found for found in _formats()}

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kd_recipes._torchtune.names import rows_to_tune, to_hf
 from kd_recipes.compression.checkpoint import HFCheckpoint
 from kd_recipes.compression.convert import as_tune, has_place, quantized_weights, tune_name
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import ConfigError, Problem, RunError
 from kd_recipes.exporting.gguf_tokenizer import tokenizer_metadata
 from kd_recipes.gguf_format.blocks import Bytes, dequantize_q1_0, ggml_type, lay_out
 from kd_recipes.gguf_format.names import ROPE_DIVISORS, gguf_name, llama3_divisors, tensor_shapes
@@ -30,6 +30,9 @@ from kd_recipes.storage import atomic_file, require_free_space
 # What matrices are stored as; `trained` is what they are: codes on their own lattice, numbers in their own dtype.
 KINDS = ("trained", "f32", "f16", "bf16", "q8_0", "q4_0")
 _OF_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Lattices of at most so many bits keep their points in a type's blocks: half a step of Q8_0 is about an eighth of a
+# lattice's step at 6 bits and a thirtieth at 4, so each weight stays nearest to what was trained. In Q4_0 it need not.
+_BITS_KEPT = {"Q8_0": 6}
 _METADATA_BYTES = 32_000_000  # of a vocabulary of 150,000 and its merges, generously
 
 
@@ -94,7 +97,7 @@ def verify_gguf(source: HFCheckpoint, file: Path) -> int:
         How many matrices are the trained ones, bit for bit; 0 for a file that holds no codes of the checkpoint.
 
     Raises:
-        RuntimeError: one differs.
+        RunError: one differs.
     """
     import gguf
 
@@ -108,33 +111,59 @@ def verify_gguf(source: HFCheckpoint, file: Path) -> int:
         is_read = stored.tensor_type.name != "Q1_0"
         read = gguf.dequantize(stored.data, stored.tensor_type) if is_read else dequantize_q1_0(stored.data)
         if not np.array_equal(read.view(np.int32), wanted.view(np.int32)):
-            raise RuntimeError(f"{file}: {stored.name} is not what was trained")
+            remedy = "Remove the file and export it again; if that changes nothing, it is a bug of kd_recipes"
+            raise RunError(f"{file}: {stored.name} is not what was trained. {remedy}")
         num_equal += 1
     return num_equal
 
 
 def refuse(source: HFCheckpoint, kind: str) -> None:
-    """Raise a ConfigError where a checkpoint has no GGUF of that kind; only headers are looked at."""
+    """Raise a ConfigError where a checkpoint has no GGUF of that kind; only headers are looked at.
+
+    Args:
+        source: the checkpoint.
+        kind: one of :data:`KINDS`, or one of llama.cpp's own, whose blocks are nobody's lattice.
+    """
     problems = []
     if source.ranks:
         remedy = "Multiply its factors first (configs/to_dense.yaml), or export it as torch_export"
         problems.append(Problem("formats", f"gguf of {len(source.ranks)} products of factors", "matrices", remedy))
-    for name in sorted(set(source.schemes.values())):
-        wanted = ggml_type(Scheme.parse(name))
-        if kind == "trained" and wanted is None:
+    schemes = [Scheme.parse(name) for name in sorted(set(source.schemes.values()))]
+    if kind == "trained":
+        for scheme in (scheme for scheme in schemes if ggml_type(scheme) is None):
             remedy = "Distil it on one of these, or export gguf_f32, which holds the same numbers in more bytes"
             lattices = "a lattice that GGUF has: gguf_q8_0, gguf_q4_0, ternary_g256, binary_g128"
-            problems.append(Problem("formats", f"gguf_trained of weights in {name}", lattices, remedy))
-        elif kind in ("q8_0", "q4_0") and wanted not in (None, kind.upper()) and _rounds_again(name, kind):
-            remedy = "gguf_trained holds the codes themselves"
+            problems.append(Problem("formats", f"gguf_trained of weights in {scheme.name}", lattices, remedy))
+    elif not source.ranks:
+        remedy = _formats_that_keep(schemes)
+        for name in _rounded_again(source, kind):
             problems.append(Problem("formats", f"gguf_{kind} of weights in {name}", "no second rounding", remedy))
     if problems:
         raise ConfigError(*problems)
 
 
-def _rounds_again(scheme: str, kind: str) -> bool:
-    """Whether blocks of a kind are coarser than a lattice: finer ones, as of an embedding's, lose next to nothing."""
-    return Scheme.parse(scheme).bits >= {"q8_0": 8, "q4_0": 4}[kind]
+def _rounded_again(source: HFCheckpoint, kind: str) -> list[str]:
+    """The lattices that the blocks of a kind would move weights off."""
+    shapes, found = tensor_shapes(_complete(source.config)), set()
+    for spec in source.specs:
+        if spec.name.endswith(".codes"):
+            name = spec.name.removesuffix(".codes")
+            scheme = Scheme.parse(source.schemes[tune_name(name, source)])
+            type_ = _type_of_codes(name, shapes[name], scheme, kind)
+            is_number = type_ in _OF_DTYPE.values()
+            if not is_number and type_ != ggml_type(scheme) and scheme.bits > _BITS_KEPT.get(type_, 0):
+                found.add(scheme.name)
+    return sorted(found)
+
+
+def _formats_that_keep(schemes: Sequence[Scheme]) -> str:
+    """A remedy: what to export instead."""
+    numbers = "gguf_f16, gguf_f32 and hf hold the same numbers in more bytes"
+    if all(map(ggml_type, schemes)):
+        return f"gguf_trained holds the codes themselves; {numbers}"
+    if any(scheme.dynamic_activations for scheme in schemes):
+        return f"executorch_8da4w holds the codes themselves; {numbers}"
+    return numbers
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,13 +196,16 @@ def _plan(source: HFCheckpoint, config: Mapping[str, Any], kind: str) -> dict[st
         if spec.name.endswith(".codes"):
             name = spec.name.removesuffix(".codes")
             key = tune_name(name, source)
-            own = ggml_type(Scheme.parse(source.schemes[key]))
-            wanted = own if kind in ("trained", str(own).lower()) else None
-            type_ = wanted or _type(name, shapes[name], torch.float32, kind)
+            type_ = _type_of_codes(name, shapes[name], Scheme.parse(source.schemes[key]), kind)
             plan[str(gguf_name(name))] = _Stored(key, shapes[name], type_)
     if missing := [name for name in shapes if gguf_name(name) not in plan]:
         raise ConfigError(Problem("checkpoint_dir", f"no {missing[0]} in {source.directory}", "a whole model"))
     return plan
+
+
+def _type_of_codes(name: str, shape: tuple[int, ...], scheme: Scheme, kind: str) -> str:
+    own = ggml_type(scheme)
+    return own if own and kind in ("trained", own.lower()) else _type(name, shape, torch.float32, kind)
 
 
 def _type(name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> str:

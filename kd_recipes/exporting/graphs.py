@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 from kd_recipes.compression import sections
 from kd_recipes.compression.checkpoint import HFCheckpoint
 from kd_recipes.parts import load_model
-from kd_recipes.storage import atomic_file
+from kd_recipes.storage import atomic_file, scratch_directory
 
 
 def load_student(source: HFCheckpoint) -> TransformerDecoder:
@@ -37,7 +39,7 @@ def trace(source: HFCheckpoint, max_seq_len: int) -> torch.export.ExportedProgra
 
 def write_graph(source: HFCheckpoint, file: Path, max_seq_len: int) -> None:
     """Write the graph, to be loaded by ``torch.export.load``."""
-    with atomic_file(file) as unfinished:
+    with _named_as(file) as unfinished:
         torch.export.save(trace(source, max_seq_len), str(unfinished))
 
 
@@ -48,7 +50,13 @@ def write_package(source: HFCheckpoint, file: Path, max_seq_len: int) -> None:
         RuntimeError: there is no C++ compiler.
     """
     program = trace(source, max_seq_len)
-    with atomic_file(file) as unfinished:
-        package = unfinished.with_suffix(".pt2")  # which the compiler insists on
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-        package.rename(unfinished)
+    with _named_as(file) as unfinished:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
+
+
+@contextmanager
+def _named_as(file: Path) -> Iterator[Path]:
+    """An unfinished file that ends in ``.pt2``: torch warns of other names, and its compiler refuses them."""
+    with scratch_directory(file) as scratch, atomic_file(file) as unfinished:
+        yield scratch / file.name
+        (scratch / file.name).rename(unfinished)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def lattices_table() -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for scheme, names in LATTICES.items():
-        if not all(find_spec(module) for name in names for module in FORMATS[name].packages):
+        if any(FORMATS[name].missing for name in names):
             continue
         checkpoint = trained(scheme)
         for name, found in export(checkpoint, ROOT / scheme / "exported", names).items():

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, trainers
 
+from kd_recipes._torchtune.names import to_hf
 from kd_recipes.compression import LowRank, Quantization, read_checkpoint
 from kd_recipes.compression.convert import quantized_weights
-from kd_recipes.errors import ConfigError
-from kd_recipes.exporting.gguf import verify_gguf, write_gguf
+from kd_recipes.errors import ConfigError, RunError
+from kd_recipes.exporting.formats import FORMATS
+from kd_recipes.exporting.gguf import refuse, verify_gguf, write_gguf
 from kd_recipes.exporting.gguf_tokenizer import tokenizer_metadata
 from kd_recipes.gguf_format.blocks import dequantize_q1_0, lay_out
+from kd_recipes.gguf_format.names import gguf_name
 from kd_recipes.gguf_format.splitting import byte_level_tokenizer
 from kd_recipes.importing.gguf import import_gguf
 from kd_recipes.lattices import Scheme, quantize
@@ -102,7 +105,7 @@ def test_what_was_trained_is_what_is_in_the_file(tmp_path: Path, scheme: str) ->
     stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight")
     file[stored.data_offset + 40] ^= 0x11
     (tmp_path / "damaged.gguf").write_bytes(file)
-    with pytest.raises(RuntimeError, match=r"blk\.1\.ffn_down\.weight is not what was trained"):
+    with pytest.raises(RunError, match=r"blk\.1\.ffn_down\.weight is not what was trained"):
         verify_gguf(coded, tmp_path / "damaged.gguf")
 
 
@@ -132,6 +135,42 @@ def test_what_gguf_has_not_is_refused_before_anything_is_written(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"products of factors.*Multiply its factors first"):
         write_gguf(factored, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "embeddings", "refused", "taken", "keeps"),
+    [
+        ("int4_g64", None, ("q4_0", "q4_k_m", "q2_k"), ("f32", "f16", "bf16", "q8_0"), "gguf_f16"),
+        ("8da4w_g32", "8da8w", ("q8_0", "q4_0", "q6_k"), ("f32", "f16"), "executorch_8da4w"),
+        ("int8_g64", None, ("q8_0", "q4_0", "q6_k"), ("f32", "f16"), "gguf_f16"),
+        ("ternary", None, ("q4_0", "q4_k_m"), ("f32", "q8_0"), "gguf_f16"),
+        ("gguf_q8_0", None, ("q4_0", "q6_k", "iq4_nl"), ("trained", "q8_0", "bf16"), "gguf_trained"),
+        ("gguf_q4_0", "gguf_q8_0", ("q4_k_m",), ("trained", "q4_0", "q8_0", "f16"), "gguf_trained"),
+    ],
+)
+def test_what_was_trained_is_not_rounded_again(
+    tmp_path: Path,
+    scheme: str,
+    embeddings: str | None,
+    refused: tuple[str, ...],
+    taken: tuple[str, ...],
+    keeps: str,
+) -> None:
+    source = read_checkpoint(checkpoint(tmp_path / "source", intermediate_size=128))
+    coded = Quantization(scheme, embeddings, method="round").apply(source, tmp_path / "coded", TEXT)
+    for kind in refused:
+        with pytest.raises(ConfigError, match=rf"gguf_{kind} of weights in .*, wanted no second rounding. {keeps}"):
+            refuse(coded, kind)
+    for kind in taken:
+        refuse(coded, kind)
+    if "q8_0" in taken:  # where it is another lattice: each weight is nearest to its trained point
+        write_gguf(coded, tmp_path / "model.gguf", "q8_0")
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+        for key, quantized in quantized_weights(coded):
+            tensor = stored[str(gguf_name(to_hf(key)))]
+            read = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            steps_OG = quantized.scales.float().repeat_interleave(read.shape[1] // quantized.scales.shape[1], 1)
+            assert ((read - quantized.dequantize()).abs() <= 0.3 * steps_OG.abs()).all()
 
 
 @pytest.mark.parametrize(
@@ -171,3 +210,5 @@ def test_another_way_to_split_text_is_refused(tmp_path: Path) -> None:
     tokenizer.save(str(source / "tokenizer.json"))
     with pytest.raises(ConfigError, match="another way to split text"):
         write_gguf(read_checkpoint(source), tmp_path / "model.gguf")
+    (problem,) = FORMATS["gguf_f16"].problems(read_checkpoint(source))  # before anything is written
+    assert problem.got == "another way to split text"
