@@ -25,10 +25,7 @@ from kd_recipes.exporting.gguf import verify_gguf
 
 ROOT = Path("runs/bench/deployment")
 MODELS = {"student": "runs/quickstart/distilled/best", "teacher": "runs/quickstart/teacher"}
-NAMES = (
-    *("hf", "hf_bf16", "gguf_f16", "gguf_bf16", "gguf_q8_0", "gguf_q4_0", "gguf_q4_k_m"),
-    *("torch_export", "aoti", "executorch_fp32", "executorch_8da4w"),
-)
+NAMES = tuple(name for name in FORMATS if name not in ("gguf_trained", "hf_factors"))  # which are of other students
 LATTICES = {
     "gguf_q8_0": ("gguf_trained", "gguf_f32"),
     "gguf_q4_0": ("gguf_trained", "gguf_f32"),
