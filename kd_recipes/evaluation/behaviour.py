@@ -97,6 +97,7 @@ class Behaviour:
             temperature=1.0,
             stop_ids=self._tokenizer.stop_tokens,
             seed=self._seed,
+            num_ids=self._num_ids,
         )
         return with_texts(self._tokenizer, found)
 

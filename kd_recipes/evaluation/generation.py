@@ -40,6 +40,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     batch_size: int = 16,
+    num_ids: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Continuation]:
     """Continue each prompt, token by token. Equals, without the cache and the batches,
@@ -59,6 +60,7 @@ def generate(
         stop_ids: ids that end a continuation.
         seed: of what is drawn.
         batch_size: prompts at a time.
+        num_ids: only the first so many ids are chosen from, as without the padding of a vocabulary; None for all.
         progress: called with a number of prompts when they are done, as ``tqdm.update`` is.
 
     Returns:
@@ -77,30 +79,50 @@ def generate(
     with _torchtune.decoding(model) as decoder:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            draws_BN = draws_PN[batch] if draws_PN is not None else None
-            ids_BN = _continue(decoder, [prompts[i] for i in batch], max_new_tokens, temperature, draws_BN, stop_ids)
+            draws_BN = draws_PN[batch].to(model.tok_embeddings.weight.device) if draws_PN is not None else None
+            choice = _Choice(temperature, draws_BN, num_ids)
+            ids_BN = _continue(decoder, [prompts[i] for i in batch], max_new_tokens, choice, stop_ids)
             found |= {index: _cut(ids, stop_ids) for index, ids in zip(batch, ids_BN.tolist(), strict=True)}
             if progress is not None:
                 progress(len(batch))
     return [found[index] for index in range(len(prompts))]
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """How the next ids are chosen.
+
+    Args:
+        temperature: of the distribution.
+        draws_BN: a number in [0, 1) for each of them; None for the likeliest.
+        num_ids: from the first so many; None for all.
+    """
+
+    temperature: float
+    draws_BN: Tensor | None
+    num_ids: int | None
+
+    def __call__(self, logits_BV: Tensor, index: int) -> Tensor:
+        logits_BV = logits_BV[:, : self.num_ids]
+        if self.draws_BN is None:
+            return logits_BV.argmax(-1)
+        return _draw(logits_BV / self.temperature, self.draws_BN[:, index])
+
+
 def _continue(
     decoder: _torchtune.Decoding,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float,
-    draws_BN: Tensor | None,
+    choose: _Choice,
     stop_ids: Sequence[int],
 ) -> Tensor:
     """New ids ``[B, N]``, until all have come to a stop id; what a row has after its own is of no use."""
     logits_BV = decoder.start(prompts, max_new_tokens - 1)
     stops = torch.tensor([*stop_ids], device=logits_BV.device)
-    draws_BN = draws_BN.to(logits_BV.device) if draws_BN is not None else None
     is_ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=logits_BV.device)
     ids: list[Tensor] = []
     while True:
-        ids_B = logits_BV.argmax(-1) if draws_BN is None else _draw(logits_BV / temperature, draws_BN[:, len(ids)])
+        ids_B = choose(logits_BV, len(ids))
         ids.append(ids_B)
         is_ended_B |= torch.isin(ids_B, stops)
         # the one time that the host waits for the device

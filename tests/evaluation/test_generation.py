@@ -156,6 +156,16 @@ def test_what_is_drawn_follows_the_distribution_and_the_seed() -> None:
     assert chi_square < len(likely) + 4 * (2 * len(likely)) ** 0.5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_of_padding_are_not_chosen(temperature: float) -> None:
+    torch.manual_seed(0)
+    model = llama(**SIZES)
+    settings = {"max_new_tokens": 8, "temperature": temperature}
+    few = generate(model, [[1, 2, 7]] * 4, num_ids=5, **settings)
+    assert {id_ for text in few for id_ in text.ids} <= set(range(5))
+    assert any(id_ >= 5 for text in generate(model, [[1, 2, 7]] * 4, **settings) for id_ in text.ids)
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings"),
     [([[]], {}), ([[1] * 60], {"max_new_tokens": 10}), ([[SIZES["vocab_size"]]], {}), ([[1]], {"temperature": -1.0})],

@@ -162,7 +162,6 @@ def test_a_student_of_more_ids_than_the_cache_learns_as_from_the_teacher_itself(
         "kd_loss": {"_component_": "kd_recipes.losses.ReverseKL"},
         "checkpointer": checkpointer_section(student),
         "model.vocab_size": hf_config(student)["vocab_size"],
-        "health": None,  # an untrained student writes ids that the teacher does not have
     }
     distill(cached(ALL, teacher=None, output_dir=str(tmp_path / "online"), **settings))
     config = cached(ALL, **settings)
