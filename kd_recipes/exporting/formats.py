@@ -17,6 +17,7 @@ from kd_recipes.compression.stream import Text
 from kd_recipes.errors import ConfigError, Problem
 from kd_recipes.exporting import executorch, factored, gguf, graphs, llama_cpp, runtimes
 from kd_recipes.exporting.gguf_tokenizer import tokenizer_metadata
+from kd_recipes.lattices import Scheme
 from kd_recipes.tensor_files import FILE_DTYPES
 
 
@@ -51,8 +52,14 @@ class Format(ABC):
             yield Problem("formats", self.name, wanted, ", and ".join(commands))
 
     def most_kl(self, source: HFCheckpoint) -> float:
-        """Nats a token that a file of a checkpoint may be from it: of one that has codes throughout, these are kept."""
-        return min(self.limit, NEAR) if _is_coded(source) else self.limit
+        """Nats a token that a file of a checkpoint may be from it: of one that has codes throughout, these are kept.
+
+        One that rounds its inputs is no nearer to itself: where a number lies between two steps, its last digit decides,
+        and after some layers most do (0.012 for weights that differ by 1e-7 of themselves, docs/deployment.md).
+        """
+        limit = min(self.limit, NEAR) if _is_coded(source) else self.limit
+        rounds_inputs = any(Scheme.parse(name).dynamic_activations for name in set(source.schemes.values()))
+        return max(limit, NEAR) if rounds_inputs else limit
 
     @abstractmethod
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:

@@ -66,7 +66,7 @@ def test_each_file_has_a_limit(toys: Toys, tmp_path: Path) -> None:
     assert {FORMATS[name].most_kl(dense) for name in ("gguf_q4_0", "gguf_q4_k_m", "executorch_8da4w")} == {4.0}
     coded = Quantization("8da4w_g32", None, method="round").apply(dense, tmp_path / "coded", TEXT)
     assert FORMATS["executorch_8da4w"].most_kl(coded) == 0.05
-    assert FORMATS["hf"].most_kl(coded) == 0.01
+    assert FORMATS["hf"].most_kl(coded) == 0.05  # it rounds inputs
     some = Quantization("8da4w_g32", overrides={"*.w2": None}, method="round").apply(dense, tmp_path / "some", TEXT)
     assert FORMATS["executorch_8da4w"].most_kl(some) == 4.0  # of what is on no lattice nothing is known
 
