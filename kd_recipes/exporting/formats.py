@@ -54,7 +54,7 @@ class Format(ABC):
     def most_kl(self, source: HFCheckpoint) -> float:
         """Nats a token that a file of a checkpoint may be from it: of one that has codes throughout, these are kept.
 
-        One that rounds its inputs is no nearer to itself: where a number lies between two steps, its last digit decides,
+        One that rounds its inputs is no nearer to itself: of a number between two steps the last digit decides,
         and after some layers most do (0.012 for weights that differ by 1e-7 of themselves, docs/deployment.md).
         """
         limit = min(self.limit, NEAR) if _is_coded(source) else self.limit
