@@ -207,6 +207,8 @@ def _chat(options: argparse.Namespace) -> int:
     except ConfigError as error:
         _fail(f"There is nobody to talk to:\n{error}")
         return EXIT_BAD_INPUT
+    except RunError as error:  # no room to unpack a GGUF file
+        return _fail(f"There is nobody to talk to:\n{error}")
     return 0
 
 

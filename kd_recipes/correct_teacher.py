@@ -132,7 +132,7 @@ def _problems(correction: Mapping[str, Any], output_dir: str) -> Iterator[Proble
             wanted = "a setting of the adapters, or one of the distillation's that is not about student or teacher"
             yield Problem(f"correction.{name}", name, wanted, remedy)
     place = correction.get("output_dir")
-    if place is None or Path(place).resolve() == Path(output_dir).resolve():
+    if place is None or Path(str(place)).resolve() == Path(output_dir).resolve():
         wanted = "a directory for the corrected teacher, apart from the distillation's"
         yield Problem("correction.output_dir", place, wanted)
 

@@ -35,7 +35,7 @@ from kd_recipes.storage import atomic_directory, explain_disk_errors, write_json
 from kd_recipes.students import Constraints
 from kd_recipes.training.checkpoint import Background, RunDirectory, random_state, set_random_state
 from kd_recipes.training.data import Loader, accumulate, build_loader, count_steps, samples_per_step, weigh
-from kd_recipes.training.faults import GOOD_SO_FAR, Interruption, explain_memory, name_late_processes, num_bytes
+from kd_recipes.training.faults import Interruption, explain_memory, name_late_processes, num_bytes, saved_at_end
 from kd_recipes.training.parallel import Parallel, local_device
 from kd_recipes.training.precision import dtype_name, resolve_dtype
 from kd_recipes.training.preflight import check_models, loads_teacher_model, needs_teacher, preflight
@@ -72,6 +72,7 @@ class DistillRecipe(FTRecipeInterface):
         self._seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.step, self._best = 0, math.inf
         self._held_out: dict[int, HeldOut] = {}
+        self._random_before: dict[str, Any] | None = None  # the step that is being made
         self._is_evaluated, self._is_stopped, self._saved_at, self._num_skipped = False, False, 0, 0
         self._ending = Interruption(self._parallel)
         self._saving = self._parallel.aside("saving", cfg.distributed_timeout)
@@ -88,8 +89,7 @@ class DistillRecipe(FTRecipeInterface):
         self._constraints = Constraints.build("student_constraints", cfg.student_constraints, cfg)
         self._features = build_feature_terms("feature_losses", cfg.feature_losses)
         self._features.connect(sizes[0], sizes[-1])
-        self._features.to(self._device)
-        self._parallel.replicate(self._features)
+        self._parallel.replicate(self._features.to(self._device))
         self._token_weights = build_callable("token_weights", cfg.token_weights)
         self._schedules = {key: Schedule.of(cfg[key]) for key in ("kd_ratio", "temperature")}
         self._objective = choose_objective(
@@ -171,11 +171,8 @@ class DistillRecipe(FTRecipeInterface):
         waiting = [name_late_processes(p, self._cfg.distributed_timeout) for p in (self._parallel, self._saving)]
         with self._ending, waiting[0], waiting[1], explain_memory(self._cfg, self._sizes()):
             try:
-                self._train()
-            except GOOD_SO_FAR:
-                if self._saved_at < self.step:
-                    self.save_checkpoint()
-                raise
+                with saved_at_end(self._parallel, self.save_checkpoint):
+                    self._train()
             finally:
                 self._background.wait()
         self._finish()
@@ -196,6 +193,7 @@ class DistillRecipe(FTRecipeInterface):
         if self._teacher and needs_teacher(self._cfg):
             weighed = self._teacher.ahead(weighed)
         for micros in self._meter.steps(accumulate(weighed, self._cfg.gradient_accumulation_steps)):
+            self._random_before = random_state()
             num_tokens = self._parallel.sum(sum(batch.num_valid_tokens for batch in micros))
             planned = {key: schedule.at(self.step, self.num_steps) for key, schedule in self._schedules.items()}
             now = self._recorder.adjust(planned)
@@ -205,7 +203,7 @@ class DistillRecipe(FTRecipeInterface):
                 with self._meter.phase("backward"):
                     loss.total.backward()
                 self._meter.add(loss, batch)
-            self.step += 1
+            self.step, self._random_before = self.step + 1, None
             self._is_evaluated = False
             metrics = self._meter.means(num_tokens, self._parallel.sum) | {f"kd/{key}": now[key] for key in now}
             with self._meter.phase("optimizer"):
@@ -290,8 +288,7 @@ class DistillRecipe(FTRecipeInterface):
             self._parallel.sum,
         )
         self.student.model.train()
-        self._held_out[self.step] = held_out
-        self._is_evaluated = True
+        self._held_out[self.step], self._is_evaluated = held_out, True
         speaker = Speaker(self.student.model, self.student, self._device)
         counts = self._constraints.are_reached(self.step, self.num_steps)
         alerts = self._recorder.evaluation(self.step, held_out, speaker, counts=counts)
@@ -317,6 +314,8 @@ class DistillRecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save all that :meth:`load_checkpoint` needs to go on as if nothing had happened."""
+        if self._saved_at == self.step:
+            return
         tensors, state = self._updates.state_dict()
         state |= {
             "step": self.step,
@@ -324,7 +323,7 @@ class DistillRecipe(FTRecipeInterface):
             "best": self._best,
             "samples_per_step": self._samples_per_step,
             "num_samples": self.step % self._steps_per_epoch * self._samples_per_step,
-            "random": self._parallel.each(random_state()),
+            "random": self._parallel.each(self._random_before or random_state()),
             "is_evaluated": self._is_evaluated,
             "num_skipped": self._num_skipped,
         }

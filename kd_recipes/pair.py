@@ -116,7 +116,7 @@ class Pair:
                 yield Problem(key, f"{count:,} that are missing, or have other labels", wanted, remedy)
 
     def teacher(
-        self, source: TeacherSource | None, tokenizer: Any, num_ids: int, look_up: Callable[[], None] = lambda: None
+        self, source: TeacherSource | None, tokenizer: Any, num_ids: int, look_up: Callable[[], None] | None = None
     ) -> Teacher | None:
         """The teacher; None where nothing asks for one.
 
@@ -137,11 +137,12 @@ class Pair:
         section = {"model": self.cfg.teacher_model, "checkpointer": self.cfg.teacher_checkpointer}
         return self._load_teacher("teacher_model", DictConfig(section))
 
-    def surroundings(self, tokenizer: Any, num_ids: int, look_up: Callable[[], None] = lambda: None) -> Surroundings:
+    def surroundings(self, tokenizer: Any, num_ids: int, look_up: Callable[[], None] | None = None) -> Surroundings:
         """What a teacher is opened with; arguments as of :meth:`teacher`."""
-        is_alone = self.parallel.world_size == 1  # others would wait for one that ends within a step
-        hooks = (self._load_teacher, look_up) if is_alone else (self._load_teacher,)
-        return Surroundings(self.cfg, tokenizer, num_ids, self.device, *hooks)
+        around = Surroundings(self.cfg, tokenizer, num_ids, self.device, self._load_teacher)
+        if look_up is None or self.parallel.world_size > 1:  # others would wait for one that ends within a step
+            return around
+        return replace(around, look_up=look_up)
 
     def _load_teacher(self, key: str, section: DictConfig) -> OnlineTeacher:
         """A teacher that runs beside the student: see :class:`~kd_recipes.teachers.Surroundings`."""

@@ -142,7 +142,7 @@ def packed_bytes(weights: WeightFormat, shape: tuple[int, int], dtype: torch.dty
         shape: [O, I].
         dtype: that the layer computes in.
     """
-    some = _few_rows(*shape)
+    some = (min(shape[0], max(_few_rows(*shape)[0], _NVFP4_TILE)), shape[1])
     packed = weights.pack(torch.ones(some, dtype=dtype), dtype)
     return round(sum(part.nbytes for part in _torchtune.plain_tensors(packed)) * shape[0] / some[0])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ _FACTS_BYTES = 12  # of a position, whatever is kept of it
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheRoom:
     """What a teacher has said, before it is compressed.
 
     Args:
@@ -54,15 +53,12 @@ class Disk:
     parts: dict[str, int]
     place: str
     free: int
-    cache: Cache | None
+    cache: CacheRoom | None
 
     @property
     def fits(self) -> bool:
-        """Whether there is room, as far as is known."""
-        total, cached = sum(self.parts.values()), (self.cache.num_bytes or 0) if self.cache is not None else 0
-        if self.cache is None or os.stat(self.place).st_dev == os.stat(self.cache.place).st_dev:
-            return total + cached <= self.free
-        return total <= self.free and cached <= self.cache.free
+        """Whether there is room, without a cache, of which much may be there, and what is new is compressed."""
+        return sum(self.parts.values()) <= self.free
 
 
 def estimate_disk(cfg: DictConfig, *, checkpoint: int, student: int, num_ids: int, num_tokens: int | None) -> Disk:
@@ -94,10 +90,10 @@ def _free(path: str) -> tuple[str, int]:
     return str(place), shutil.disk_usage(place).free
 
 
-def _cache(cfg: DictConfig, num_ids: int, num_tokens: int | None) -> Cache | None:
+def _cache(cfg: DictConfig, num_ids: int, num_tokens: int | None) -> CacheRoom | None:
     encoding = (cfg.teacher or {}).get("encoding")
     if encoding is None:
         return None
     built = build("teacher.encoding", encoding)
     bits = math.ceil(math.log2(num_ids)) + _LOG_BITS * (2 if built.is_drawn else 1)
-    return Cache(float(built.width) * bits / 8 + _FACTS_BYTES, num_tokens, *_free(cfg.teacher.path))
+    return CacheRoom(float(built.width) * bits / 8 + _FACTS_BYTES, num_tokens, *_free(cfg.teacher.path))

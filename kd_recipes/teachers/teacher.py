@@ -42,6 +42,10 @@ class Teacher(Protocol):
         """
 
 
+def _nothing() -> None:
+    """Nobody asks the run to end."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What a teacher is opened with.
@@ -62,7 +66,7 @@ class Surroundings:
     num_ids: int
     device: torch.device
     load: Callable[[str, DictConfig], OnlineTeacher]
-    look_up: Callable[[], None] = lambda: None
+    look_up: Callable[[], None] = _nothing
 
 
 class TeacherSource(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -39,7 +39,23 @@ class RunInterrupted(RunError):
         self.exit_status = 128 + number  # as a shell says it
 
 
-GOOD_SO_FAR = (RunInterrupted, TeacherAwayError)  # what ends a run whose last step is worth saving
+@contextmanager
+def saved_at_end(parallel: Parallel, save: Callable[[], None]) -> Iterator[None]:
+    """Save the last step of a run that is asked to end, or that its teacher has left alone.
+
+    Args:
+        parallel: the processes. The teacher leaves them one by one, and saving takes all of them: several do not save.
+        save: the last step.
+    """
+    try:
+        yield
+    except RunInterrupted:
+        save()
+        raise
+    except TeacherAwayError:
+        if parallel.world_size == 1:
+            save()
+        raise
 
 
 class Interruption:

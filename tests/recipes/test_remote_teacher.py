@@ -17,7 +17,7 @@ from served import Served, free_port
 
 from kd_recipes.entry import EXIT_BAD_INPUT, EXIT_STOPPED, run_recipe
 from kd_recipes.teachers.cache.store import Store
-from toy import VOCABULARY, Toys, distill, logged, prepare, run_tune, text_section
+from toy import VOCABULARY, Toys, distill, logged, lora_section, prepare, run_tune, text_section
 
 WriteConfig = Callable[..., Path]
 Write = Callable[..., Path]
@@ -182,9 +182,9 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(
 
 
 def test_a_run_that_waits_for_a_server_can_be_asked_to_end(
-    write: Write, serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    write: Write, serve: Serve, toys: Toys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    served = serve(nap=0.1)
+    served = serve(nap=0.05)
 
     def leave() -> None:
         served.kill()
@@ -192,14 +192,22 @@ def test_a_run_that_waits_for_a_server_can_be_asked_to_end(
         os.kill(os.getpid(), signal.SIGTERM)
 
     teacher = {"num_ahead": 0, "max_concurrency": 1, "max_wait_s": 120}
-    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=None)
-    watcher = _when(served, 7, leave)
+    draws = {"model": lora_section(toys.student, lora_dropout=0.5), "gradient_accumulation_steps": 2}
+    config = write(served.url, more=teacher, eval_dataset=None, save_every_n_steps=None, **draws)
+    distill(config, f"output_dir={tmp_path / 'unbroken'}")
+    watcher = _when(served, len(served.questions) + 13, leave)  # within a step, of two micro-batches
     begun = time.monotonic()
     assert run_recipe("distill", ["--config", str(config)]) == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 60
     watcher.join()
     step = int(re.search(r"SIGTERM after step (\d), which is saved", capfd.readouterr().err)[1])  # type: ignore[index]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == [f"step_{step:08}"]
+    served.start()
+    distill(config, "resume_from_checkpoint=True")
+    unbroken, found = logged(tmp_path / "unbroken"), logged(tmp_path / "run")
+    assert {step: values["loss/total"] for step, values in found.items()} == {
+        step: values["loss/total"] for step, values in unbroken.items()
+    }
 
 
 def test_the_key_is_seen_by_nobody(

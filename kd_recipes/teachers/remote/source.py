@@ -219,7 +219,7 @@ class Remote(ProbedTeacher):
         num_ids: int,
         num_ahead: int,
         probe: list[int],
-        look_up: Callable[[], None] = lambda: None,
+        look_up: Callable[[], None],
     ) -> None:
         self._client, self._dialect, self._workers, self._look_up = client, dialect, workers, look_up
         self._num_ids, self._num_ahead, self._probe = num_ids, num_ahead, probe
