@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,17 @@ class Identity:
         """Begin a cache with it, and with the map from tokens to ids; one that has no record is replaced.
 
         Raises:
-            ConfigError: there is something else in the directory, or it cannot be made.
+            ConfigError: there is something else in the directory, it cannot be made, or another process adds to it.
         """
-        if _is_bare(directory):
-            Writer(directory, 0).close()  # or another process is about to add the first record
-        else:
-            require_vacant(directory, key="teacher.path")
         try:
-            with atomic_directory(directory) as temporary:
-                write_json(temporary / _TOKENS, tokens)
-                write_json(temporary / _FILE, asdict(self))
+            with ExitStack() as stack:
+                if _is_bare(directory):  # and stays so: no other process can add the first record
+                    stack.enter_context(closing(Writer(directory, 0)))
+                if not _is_bare(directory):
+                    require_vacant(directory, key="teacher.path")
+                with atomic_directory(directory) as temporary:
+                    write_json(temporary / _TOKENS, tokens)
+                    write_json(temporary / _FILE, asdict(self))
         except OSError as error:
             wanted = "a place where a directory can be made"
             raise ConfigError(Problem("teacher.path", str(directory), wanted, one_line(error))) from error
