@@ -166,6 +166,23 @@ def test_another_file_of_the_same_directory_is_refused(
     fill(config)
 
 
+@pytest.mark.parametrize("recipe", ["distill", "cache_teacher"])
+def test_a_cache_of_format_1_may_name_files_that_are_not_read(
+    recipe: str, cached: Cached, run: Run, toys: Toys, tmp_path: Path
+) -> None:
+    config = cached()
+    fill(config)
+    there = Identity.load(tmp_path / "cache")
+    assert there is not None
+    more = {**there.weights, "other.safetensors": {"bytes": 1, "sha256": "0"}}
+    _edit(tmp_path / "cache", weights=more, stamps={})
+    assert "of which other.safetensors is not read" in run(recipe, config)
+    _edit(tmp_path / "cache", format=1)
+    changed = _teacher(toys, tmp_path / "other", lambda weights: weights["model.norm.weight"].add_(1e-3))
+    assert "model.safetensors is another one" in run(recipe, config, changed)
+    run(recipe, config, status=0)
+
+
 def test_a_cache_that_knows_no_file_of_its_teacher_is_refused(cached: Cached, run: Run, tmp_path: Path) -> None:
     config = cached()
     fill(config)
@@ -225,7 +242,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no k": (lambda cache: _edit(cache, encoding={"kind": "TopK", "depth": 8}), "a cache.json that can be read"),
     "no number": (lambda cache: _edit(cache, num_ids=None), "a cache.json that can be read"),
     "no mapping": (lambda cache: _edit(cache, weights=7), "a cache.json that can be read"),
-    "other format": (lambda cache: _edit(cache, format=2), "teacher.path: got .*format 2"),
+    "other format": (lambda cache: _edit(cache, format=3), "teacher.path: got .*format 3"),
 }
 
 

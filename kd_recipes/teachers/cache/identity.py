@@ -20,7 +20,8 @@ from kd_recipes.teachers.cache.encodings import encoding_of
 from kd_recipes.teachers.cache.store import Writer, has_records, is_part
 from kd_recipes.tokenizers import token_ids
 
-FORMAT = 1
+FORMAT = 2
+_ALL_FILES = 1  # the format whose caches name all safetensors of the teacher's directory, of which some may not be read
 _FILE, _TOKENS = "cache.json", "token_ids.json"
 _LEAST_AGREEMENT, _MOST_GAP = 0.9, 0.1  # of the likeliest ids; in nats
 _AGAIN = "Choose another path for a cache of this one, or go back to what the cache was made with"
@@ -91,7 +92,7 @@ class Identity:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format"]
-            if version == FORMAT:
+            if version in (_ALL_FILES, FORMAT):
                 identity = cls(**content)
                 identity._require_sound()
                 return identity
@@ -245,6 +246,8 @@ def _weight_problems(cache: Identity, section: DictConfig) -> Iterator[Problem]:
     if directory is not None and file_stamps(directory, _files_of(section, directory)) == dict(cache.stamps):
         return  # hashing a large teacher takes a minute
     weights, _ = hash_weights(section)
+    if cache.format == _ALL_FILES and weights and weights.items() <= cache.weights.items():
+        return
     if weights != dict(cache.weights):
         name = next(n for n in sorted({*weights, *cache.weights}) if weights.get(n) != cache.weights.get(n))
         if name not in weights or name not in cache.weights:
