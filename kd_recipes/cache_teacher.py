@@ -42,7 +42,7 @@ from kd_recipes.teachers.cache.identity import (
     setting_problems,
 )
 from kd_recipes.teachers.cache.source import layout
-from kd_recipes.teachers.cache.store import Writer
+from kd_recipes.teachers.cache.store import Writer, in_use
 from kd_recipes.teachers.limits import temperatures
 from kd_recipes.teachers.teacher import ProbedTeacher
 from kd_recipes.training import settings
@@ -133,8 +133,9 @@ def main(cfg: DictConfig) -> None:
     source = within("teacher", lambda: build("teacher", cfg.teacher))
     if not isinstance(source, CachedTeacher):
         raise ConfigError(Problem("teacher", cfg.teacher._component_, "kd_recipes.teachers.CachedTeacher"))
-    there, encoding, _ = within(
-        "teacher", lambda: gather(source.recorded, source.choose_encoding, lambda: _check_source(source, cfg))
+    (there, encoding), _ = within(
+        "teacher",
+        lambda: gather(lambda: (source.recorded(), source.choose_encoding()), lambda: _check_source(source, cfg)),
     )
     found = check_teacher(cfg if source.source is None else _without_model(cfg))
     tokenizer = build("tokenizer", cfg.tokenizer)
@@ -149,9 +150,10 @@ def main(cfg: DictConfig) -> None:
             loaders = {key: _loader(found, key, tokenizer, parallel, max_seq_len) for key in _data(cfg)}
             num_ids = num_rows if there is None else min(num_rows, there.num_ids)
             job = _Job(found, source, parallel, tokenizer, loaders, num_ids, encoding, there)
-            found.teacher_dtype = parallel.on_main(lambda: _settle(job)).dtype or None
-            parallel.on_main(lambda: _look_for_damage(job))
-            teacher = _write(job)
+            settled = parallel.on_main(lambda: _settle(job))
+            found.teacher_dtype = settled.dtype or None
+            _look_for_damage(job)
+            teacher = _write(job, settled)
             _say_losses(job)
             if cfg.check:
                 _check(job, teacher or job.teacher())
@@ -261,22 +263,32 @@ def _teacher_of(job: _Job) -> tuple[Mapping[str, Any], Mapping[str, Any], Mappin
 
 
 def _look_for_damage(job: _Job) -> None:
-    """Read all records. Those that are damaged are taken out of the index, so that the teacher is asked again.
+    """Read all records, each process its share. Those that are damaged are forgotten: the teacher is asked once more.
 
     Raises:
         RunError: all of them, if the cache is to be checked.
     """
-    store = job.source.open_cache().store
-    if not (damage := store.damage()):
-        return
-    if job.cfg.check:
-        raise RunError("\n  - ".join(damage.values()))
-    store.forget(damage)
-    print(f"{len(damage):,} records in {job.path} are damaged; the teacher is asked about them again")
+    store, parallel = job.source.open_cache().store, job.parallel
+    share = store.share(parallel.rank, parallel.world_size)
+    progress = tqdm(share, "read", leave=False, disable=not parallel.is_main)
+    damage = {key: said for part in parallel.each(store.damage(progress)) for key, said in part.items()}
+
+    def mend() -> None:
+        if job.cfg.check:
+            raise RunError("\n  - ".join(damage.values()))
+        store.forget(damage)
+        print(f"{len(damage):,} records in {job.path} are damaged; the teacher is asked about them again")
+
+    if damage:
+        parallel.on_main(mend)
 
 
-def _write(job: _Job) -> Teacher | None:
-    """Add what is missing; returns the teacher, if it was needed."""
+def _write(job: _Job, settled: Identity) -> Teacher | None:
+    """Add what is missing to the cache that was settled on; returns the teacher, if it was needed.
+
+    Raises:
+        ConfigError: another process adds to it, or has made another one in its place.
+    """
     cache, parallel = job.source.open_cache(), job.parallel
     tell = print if parallel.is_main else _say_nothing
     missing = plan(cache, {name: _quietly(name, loader, parallel) for name, loader in job.loaders.items()})
@@ -285,9 +297,10 @@ def _write(job: _Job) -> Teacher | None:
     if not missing.wanted:
         tell(_describe(cache))
         return None
-    identity = Identity.load(job.path)
-    assert identity is not None
     writer = Writer(job.path, parallel.rank)
+    if Identity.load(job.path) != settled:
+        writer.close()
+        raise ConfigError(in_use(job.path))
     teacher = job.teacher()
     with tqdm(total=missing.num_tokens, unit="tok", desc="cache", disable=not parallel.is_main) as progress:
         turns = rounds(job.batches(), missing, parallel.rank, parallel.world_size)
@@ -295,7 +308,7 @@ def _write(job: _Job) -> Teacher | None:
             foreseen(turns, teacher.ahead) if job.remote else turns,
             missing,
             teacher.signal,
-            Scribe(job.encoding, layout(identity), identity.temperature),
+            Scribe(job.encoding, layout(settled), settled.temperature),
             writer,
             begin=lambda *first: _estimate(job, missing, *first),
             progress=progress.update,

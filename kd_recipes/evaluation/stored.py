@@ -70,6 +70,8 @@ class Distances:
             RunError: they cannot be told, or the ids were not drawn from what the teacher says.
         """
         num_tokens = len(self.nats_N)
+        if not num_tokens:
+            return "no label in the batches that were looked at"
         if num_lost := int(self.nats_N.isnan().sum()):
             raise RunError(f"what is stored or what the teacher says is nan at {num_lost:,} of {num_tokens:,} tokens")
         said = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_recipes.batch import Batch
+from kd_recipes.batch import IGNORE_INDEX, Batch
 from kd_recipes.errors import RunError
 from kd_recipes.evaluation.stored import Distances, squared_distances
 from kd_recipes.signals import DenseSignal, LinearLogits, SparseSignal
@@ -47,7 +47,7 @@ def test_mean_and_variance_are_those_of_all_draws(num_draws: int) -> None:
 N, V, D = 2000, 50, 12
 
 
-def _distances(drawn_from_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0) -> Distances:
+def _distances(drawn_from_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0, label: int = 0) -> Distances:
     uniform_ND = torch.rand(N, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = RandomSampling(D).name(drawn_from_NV.log_softmax(-1), uniform_ND)
     assert found.counts_nK is not None
@@ -56,7 +56,8 @@ def _distances(drawn_from_NV: Tensor, logits_NV: Tensor, temperature: float = 1.
     nothing_N = torch.full((N,), -torch.inf)
     stored = SparseSignal(found.ids_nK, log_p_NK, nothing_N, temperature, weights_TK=found.counts_nK / D)
     tokens = torch.zeros(1, N, dtype=torch.long)
-    return Distances.of(DenseSignal(LinearLogits(given_TV=logits_NV)), stored, Batch(tokens, tokens), num_ids=V)
+    batch = Batch(tokens, torch.full_like(tokens, label))
+    return Distances.of(DenseSignal(LinearLogits(given_TV=logits_NV)), stored, batch, num_ids=V)
 
 
 def _logits() -> Tensor:
@@ -94,3 +95,7 @@ def test_nan_is_no_distance() -> None:
     found = _distances(logits_NV, logits_NV.index_fill(0, torch.tensor([3]), torch.nan))
     with pytest.raises(RunError, match="nan at 1 of 2,000 tokens"):
         found.describe()
+
+
+def test_batches_without_a_label_are_said_to_have_none() -> None:
+    assert "no label" in _distances(_logits(), _logits(), label=IGNORE_INDEX).describe()

@@ -19,10 +19,11 @@ from torchtune.models.qwen2_5._tokenizer import Qwen2_5Tokenizer
 from kd_recipes import cache_teacher
 from kd_recipes.entry import EXIT_BAD_INPUT, EXIT_STOPPED, run_recipe
 from kd_recipes.errors import ConfigError
+from kd_recipes.teachers.cache import identity
 from kd_recipes.teachers.cache.content import uniform
 from kd_recipes.teachers.cache.identity import Identity
 from kd_recipes.teachers.cache.store import Store, Writer
-from toy import VOCABULARY, Toys, checkpointer_section, distill, hf_config, logged, save_model, save_tokenizer
+from toy import VOCABULARY, Toys, checkpointer_section, distill, hf_config, logged, run_tune, save_model, save_tokenizer
 
 Cached = Callable[..., Path]
 Run = Callable[..., str]
@@ -64,9 +65,9 @@ def test_a_teacher_of_nan_is_not_kept_and_leaves_room_for_the_right_one(
     assert "logits are nan or inf at" in run("cache_teacher", config, broken, "temperature=2.0", status=EXIT_STOPPED)
     assert len(Store(tmp_path / "cache")) == 0
     fill(config)
-    identity = Identity.load(tmp_path / "cache")
-    assert identity is not None
-    assert identity.temperature == 1.0
+    there = Identity.load(tmp_path / "cache")
+    assert there is not None
+    assert there.temperature == 1.0
     assert "teacher_checkpointer.checkpoint_dir" in run("cache_teacher", config, broken)
 
 
@@ -101,6 +102,36 @@ def test_an_empty_cache_that_another_process_is_about_to_write_to_is_left_alone(
     fill(config)
 
 
+def test_no_process_can_add_to_an_empty_cache_while_it_is_replaced(
+    cached: Cached, run: Run, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cached()
+    run("cache_teacher", config, _teacher(toys, tmp_path / "broken", _break), status=EXIT_STOPPED)
+    write = identity.write_json
+
+    def writes(*args: Any) -> None:
+        with pytest.raises(ConfigError, match="no other process"):
+            Writer(tmp_path / "cache", 0)
+        write(*args)
+
+    monkeypatch.setattr(identity, "write_json", writes)
+    fill(config)
+
+
+def test_a_cache_that_another_one_has_taken_the_place_of_is_not_written_to(
+    cached: Cached, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, look = cached(), cache_teacher._look_for_damage
+
+    def looks(job: Any) -> None:
+        look(job)
+        _edit(tmp_path / "cache", temperature=2.0)
+
+    monkeypatch.setattr(cache_teacher, "_look_for_damage", looks)
+    assert "wanted a cache that no other process is writing to" in run("cache_teacher", config)
+    assert len(Store(tmp_path / "cache")) == 0
+
+
 # ------------------------------------------------------------------------------------------------- whose it is
 def _binary(toys: Toys, directory: Path, offset: float) -> str:
     shutil.copytree(toys.teacher, directory)
@@ -133,6 +164,23 @@ def test_another_file_of_the_same_directory_is_refused(
     run(recipe, config, "teacher_checkpointer.checkpoint_files={filename_format: m-{}-{}, max_filename: last}")
     (own / "other.safetensors").unlink()  # what is not read is of no account
     fill(config)
+
+
+@pytest.mark.parametrize("recipe", ["distill", "cache_teacher"])
+def test_a_cache_of_format_1_may_name_files_that_are_not_read(
+    recipe: str, cached: Cached, run: Run, toys: Toys, tmp_path: Path
+) -> None:
+    config = cached()
+    fill(config)
+    there = Identity.load(tmp_path / "cache")
+    assert there is not None
+    more = {**there.weights, "other.safetensors": {"bytes": 1, "sha256": "0"}}
+    _edit(tmp_path / "cache", weights=more, stamps={})
+    assert "of which other.safetensors is not read" in run(recipe, config)
+    _edit(tmp_path / "cache", format=1)
+    changed = _teacher(toys, tmp_path / "other", lambda weights: weights["model.norm.weight"].add_(1e-3))
+    assert "model.safetensors is another one" in run(recipe, config, changed)
+    run(recipe, config, status=0)
 
 
 def test_a_cache_that_knows_no_file_of_its_teacher_is_refused(cached: Cached, run: Run, tmp_path: Path) -> None:
@@ -194,7 +242,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no k": (lambda cache: _edit(cache, encoding={"kind": "TopK", "depth": 8}), "a cache.json that can be read"),
     "no number": (lambda cache: _edit(cache, num_ids=None), "a cache.json that can be read"),
     "no mapping": (lambda cache: _edit(cache, weights=7), "a cache.json that can be read"),
-    "other format": (lambda cache: _edit(cache, format=2), "teacher.path: got .*format 2"),
+    "other format": (lambda cache: _edit(cache, format=3), "teacher.path: got .*format 3"),
 }
 
 
@@ -209,7 +257,9 @@ def test_a_damaged_directory_is_said_to_be(
     break_it(tmp_path / "cache")
     capfd.readouterr()
     assert run_recipe(recipe, ["--config", str(config)]) in (EXIT_BAD_INPUT, EXIT_STOPPED)
-    assert re.search(message, capfd.readouterr().err)
+    said = capfd.readouterr().err
+    assert re.search(message, said)
+    assert said.count("  - ") == 1
 
 
 def test_files_of_other_names_are_no_parts(cached: Cached, tmp_path: Path) -> None:
@@ -225,10 +275,8 @@ def test_a_path_below_a_file_is_refused(recipe: str, cached: Cached, run: Run, t
     assert "teacher.path: got" in run(recipe, cached(), f"teacher.path={tmp_path}/file/cache")
 
 
-def test_all_damage_is_listed_and_mended(cached: Cached, run: Run, tmp_path: Path, capfd: Any) -> None:
-    config = cached(DRAWN)
-    fill(config)
-    cache = tmp_path / "cache"
+def _damage_some(cache: Path) -> dict[bytes, bytes]:
+    """Damage two of 30 records in one part; returns all of them as they were."""
     store, data = Store(cache), cache / "part-00000.data"
     whole = records(cache)
     content = bytearray(data.read_bytes())
@@ -237,12 +285,34 @@ def test_all_damage_is_listed_and_mended(cached: Cached, run: Run, tmp_path: Pat
         assert entry is not None
         content[entry.offset + entry.size // 2] ^= 1
     data.write_bytes(content)
+    return whole
+
+
+def test_all_damage_is_listed_and_mended(cached: Cached, run: Run, tmp_path: Path, capfd: Any) -> None:
+    config = cached(DRAWN)
+    fill(config)
+    cache = tmp_path / "cache"
+    whole = _damage_some(cache)
     said = run("cache_teacher", config, "--check", status=EXIT_STOPPED)
     assert said.count("its checksum differs") == 2
     fill(config)
     assert "2 records in " in capfd.readouterr().out
     assert records(cache) == whole
     fill(config, "--check")
+
+
+def test_two_processes_list_and_mend_all_damage(cached: Cached, tmp_path: Path) -> None:
+    config = cached(DRAWN)
+    fill(config)
+    whole = _damage_some(tmp_path / "cache")
+    command = ("run", "--nproc_per_node", "2", "kd_recipes.cache_teacher", "--config", str(config))
+    said = run_tune(*command, "check=True", cwd=tmp_path)
+    assert said.returncode != 0
+    assert said.stderr.count("is damaged at byte") >= 2
+    done = run_tune(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 records in ") == 1
+    assert records(tmp_path / "cache") == whole
 
 
 # ------------------------------------------------------------------------------------------------------ the check

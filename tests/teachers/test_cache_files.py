@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from kd_recipes.storage import StorageError
 from kd_recipes.teachers.cache.bits import pack, plane_sizes, unpack
 from kd_recipes.teachers.cache.content import documents, uniform
 from kd_recipes.teachers.cache.record import NOTHING, Kept, Layout, from_code, to_code
-from kd_recipes.teachers.cache.store import Store, Writer
+from kd_recipes.teachers.cache.store import Store, Writer, has_records
 
 
 @given(st.data())
@@ -136,10 +138,7 @@ def test_what_was_not_committed_is_cut_off_and_the_rest_is_not_written_again(tmp
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     _write(tmp_path, 0, "a", "b")
-    data = tmp_path / "part-00000.data"
-    content = bytearray(data.read_bytes())
-    content[150] ^= 4
-    data.write_bytes(content)
+    _damage(tmp_path, 0, 150)
     store = Store(tmp_path)
     entries = [store.find(name * 16) for name in (b"a", b"b")]
     assert entries[0] is not None and entries[1] is not None  # noqa: PT018
@@ -151,6 +150,96 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     assert set(Store(tmp_path)) == {b"a" * 16}
     _write(tmp_path, 1, "b")
     assert not Store(tmp_path).damage()
+
+
+def _damage(directory: Path, part: int, *offsets: int) -> None:
+    data = directory / f"part-{part:05}.data"
+    content = bytearray(data.read_bytes())
+    for offset in offsets:
+        content[offset] ^= 4
+    data.write_bytes(content)
+
+
+def test_damage_that_damage_hides_is_forgotten_with_it(tmp_path: Path) -> None:
+    _write(tmp_path, 0, "a", "b", "a")
+    _write(tmp_path, 1, "a", "b")
+    _damage(tmp_path, 0, 50, 250)  # both of a, not b
+    _damage(tmp_path, 1, 50, 150)
+    store = Store(tmp_path)
+    assert store.damage().keys() == {b"a" * 16, b"b" * 16}
+    store.forget(store.damage())
+    mended = Store(tmp_path)
+    assert set(mended) == {b"b" * 16}  # an older one that is whole is there again
+    assert not mended.damage()
+
+
+def test_what_another_process_has_mended_is_not_forgotten(tmp_path: Path) -> None:
+    _write(tmp_path, 0, "a", "b")
+    _damage(tmp_path, 0, 150)
+    store, other = Store(tmp_path), Store(tmp_path)
+    damage = store.damage()
+    other.forget(damage)
+    _write(tmp_path, 0, "b")
+    store.forget(damage)
+    assert set(Store(tmp_path)) == {b"a" * 16, b"b" * 16}
+
+
+def test_every_record_is_looked_after_by_one_process(tmp_path: Path) -> None:
+    names = [chr(code) for code in range(ord("a"), ord("k"))]
+    _write(tmp_path, 0, *names)
+    _damage(tmp_path, 0, *range(50, 1000, 100))
+    store = Store(tmp_path)
+    shares = [store.share(rank, 3) for rank in range(3)]
+    assert sorted(key for share in shares for key in share) == sorted(store)
+    assert [len(store.damage(share)) for share in shares] == [len(share) for share in shares]
+
+
+def _while_locking(monkeypatch: pytest.MonkeyPatch, event: Callable[[], object]) -> None:
+    """Let something happen after a writer has opened its data and before it has locked it."""
+    lock = fcntl.flock
+
+    def locks(*args: Any) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        event()
+        lock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", locks)
+
+
+def test_an_index_that_is_replaced_before_the_lock_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, 0, "a", "b")
+    _damage(tmp_path, 0, 50)
+    store = Store(tmp_path)
+    _while_locking(monkeypatch, lambda: store.forget(store.damage()))
+    _write(tmp_path, 0, "c")
+    assert set(Store(tmp_path)) == {b"b" * 16, b"c" * 16}
+
+
+def test_a_directory_that_is_replaced_before_the_lock_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, 0, "a")
+
+    def replace() -> None:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        _write(tmp_path, 0, "b")
+
+    _while_locking(monkeypatch, replace)
+    with pytest.raises(ConfigError, match="no other process"):
+        Writer(tmp_path, 0)
+
+
+def test_one_line_tells_that_there_are_records(tmp_path: Path) -> None:
+    assert not has_records(tmp_path)
+    _write(tmp_path, 0)
+    assert not has_records(tmp_path)
+    _write(tmp_path, 1, "a", "b")
+    assert has_records(tmp_path)
+    (tmp_path / "part-00001.index").write_bytes(bytes(44))
+    assert not has_records(tmp_path)
 
 
 def test_a_part_has_one_writer(tmp_path: Path) -> None:

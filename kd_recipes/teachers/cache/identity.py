@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from kd_recipes.teachers.cache.encodings import encoding_of
 from kd_recipes.teachers.cache.store import Writer, has_records, is_part
 from kd_recipes.tokenizers import token_ids
 
-FORMAT = 1
+FORMAT = 2
+_ALL_FILES = 1  # the format whose caches name all safetensors of the teacher's directory, of which some may not be read
 _FILE, _TOKENS = "cache.json", "token_ids.json"
 _LEAST_AGREEMENT, _MOST_GAP = 0.9, 0.1  # of the likeliest ids; in nats
 _AGAIN = "Choose another path for a cache of this one, or go back to what the cache was made with"
@@ -62,16 +64,17 @@ class Identity:
         """Begin a cache with it, and with the map from tokens to ids; one that has no record is replaced.
 
         Raises:
-            ConfigError: there is something else in the directory, or it cannot be made.
+            ConfigError: there is something else in the directory, it cannot be made, or another process adds to it.
         """
-        if _is_bare(directory):
-            Writer(directory, 0).close()  # or another process is about to add the first record
-        else:
-            require_vacant(directory, key="teacher.path")
         try:
-            with atomic_directory(directory) as temporary:
-                write_json(temporary / _TOKENS, tokens)
-                write_json(temporary / _FILE, asdict(self))
+            with ExitStack() as stack:
+                if _is_bare(directory):  # and stays so: no other process can add the first record
+                    stack.enter_context(closing(Writer(directory, 0)))
+                if not _is_bare(directory):
+                    require_vacant(directory, key="teacher.path")
+                with atomic_directory(directory) as temporary:
+                    write_json(temporary / _TOKENS, tokens)
+                    write_json(temporary / _FILE, asdict(self))
         except OSError as error:
             wanted = "a place where a directory can be made"
             raise ConfigError(Problem("teacher.path", str(directory), wanted, one_line(error))) from error
@@ -89,7 +92,7 @@ class Identity:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format"]
-            if version == FORMAT:
+            if version in (_ALL_FILES, FORMAT):
                 identity = cls(**content)
                 identity._require_sound()
                 return identity
@@ -243,6 +246,8 @@ def _weight_problems(cache: Identity, section: DictConfig) -> Iterator[Problem]:
     if directory is not None and file_stamps(directory, _files_of(section, directory)) == dict(cache.stamps):
         return  # hashing a large teacher takes a minute
     weights, _ = hash_weights(section)
+    if cache.format == _ALL_FILES and weights and weights.items() <= cache.weights.items():
+        return
     if weights != dict(cache.weights):
         name = next(n for n in sorted({*weights, *cache.weights}) if weights.get(n) != cache.weights.get(n))
         if name not in weights or name not in cache.weights:

@@ -1,7 +1,8 @@
-"""Records on disk, by key: files that are only ever added to, one pair a process, and read through a memory map.
+"""Records on disk, by key: files that are added to, one pair a process, and read through a memory map.
 
 A record counts once its line stands in the index, which is written after the record is on the disk. A process that is
-killed leaves at most a record without a line, or half a line; the next one cuts both off. Nothing is written twice.
+killed leaves at most a record without a line, or half a line; the next one cuts both off. A line goes only where its
+record is damaged: the index is then replaced by one without it. All this is done by whoever has the lock on the data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -67,7 +69,7 @@ def _indexes(directory: Path) -> list[Path]:
 
 def has_records(directory: Path) -> bool:
     """Whether a store has any, be they damaged."""
-    return any(len(_read_index(index)[0]) for index in _indexes(directory))
+    return any(len(_read_index(index, max_lines=1)[0]) for index in _indexes(directory))
 
 
 def is_part(file: Path) -> bool:
@@ -79,16 +81,29 @@ def _files(directory: Path, part: int) -> tuple[Path, Path]:
     return directory / f"part-{part:05}.data", directory / f"part-{part:05}.index"
 
 
-def _read_index(file: Path) -> tuple[np.ndarray, int]:
-    """The lines that are whole, up to the first that is not, and how many bytes of the file they are."""
-    content = file.read_bytes() if file.exists() else b""
-    size = _LINE.itemsize
+def _read_index(file: Path, *, max_lines: int | None = None) -> tuple[np.ndarray, int]:
+    """The lines that are whole, up to the first that is not, and how many bytes of the file they are.
+
+    Args:
+        file: an index; it need not be there.
+        max_lines: to read at most; all if None.
+    """
+    size, content = _LINE.itemsize, b""
+    if file.exists():
+        with file.open("rb") as lines:
+            content = lines.read(-1 if max_lines is None else max_lines * size)
     for start in range(0, len(content), size):
         line = content[start : start + size]
         if len(line) < size or zlib.crc32(line[:_LINE_BODY]) != int.from_bytes(line[_LINE_BODY:], "little"):
             content = content[:start]
             break
     return np.frombuffer(content, _LINE), len(content)
+
+
+def in_use(directory: Path) -> Problem:
+    """That another process adds to a store, or makes another one in its place."""
+    wanted = "a cache that no other process is writing to"
+    return Problem("teacher.path", str(directory), wanted, "Wait for it, or stop it")
 
 
 class Writer:
@@ -99,30 +114,34 @@ class Writer:
         part: number of the file, one for each process.
 
     Raises:
-        ConfigError: another process adds to it.
+        ConfigError: another process adds to it, or has just made another store in the place of this one.
+        StorageError: its data is shorter than its index says.
     """
 
     def __init__(self, directory: Path, part: int) -> None:
         self._directory = directory
         data, index = _files(directory, part)
-        self._data, self._index = data.open("ab"), index.open("ab")
-        self._lock(directory)
+        self._data = data.open("ab")
+        self._lock(data)
+        self._index = index.open("ab")  # not before: who had the lock may have replaced it
         lines, num_bytes = _read_index(index)
         self._offset = int(lines[-1]["offset"]) + int(lines[-1]["size"]) if len(lines) else 0
         if data.stat().st_size < self._offset:
+            self._index.close()
+            self._data.close()
             raise StorageError(f"{data} is shorter than {index} says: remove both, and run cache_teacher again")
         self._data.truncate(self._offset)
         self._index.truncate(num_bytes)
         self._waiting: list[bytes] = []
 
-    def _lock(self, directory: Path) -> None:
+    def _lock(self, data: Path) -> None:
         try:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._data.fileno()), data.stat()):
+                raise OSError(f"{data} has been replaced")
         except OSError as error:
-            self._index.close()
             self._data.close()
-            wanted = "a cache that no other process is writing to"
-            raise ConfigError(Problem("teacher.path", str(directory), wanted, "Wait for it, or stop it")) from error
+            raise ConfigError(in_use(self._directory)) from error
 
     def add(self, key: bytes, positions_n: np.ndarray, record: bytes) -> None:
         """Add a record, which counts after the next :meth:`commit`."""
@@ -224,27 +243,53 @@ class Store:
             raise StorageError(f"{data} is damaged at byte {entry.offset}: its checksum differs. {remedy}")
         return record
 
-    def damage(self) -> dict[bytes, str]:
-        """What is wrong with records, by key; all of them are read."""
+    def share(self, rank: int, world_size: int) -> list[bytes]:
+        """The keys that are a process's to look after: by the key alone, so that each is somebody's.
+
+        Args:
+            rank: of the process, from 0.
+            world_size: how many there are.
+        """
+        return [key for key in self._entries if int.from_bytes(key, "little") % world_size == rank]
+
+    def damage(self, keys: Iterable[bytes] | None = None) -> dict[bytes, str]:
+        """What is wrong with records, by key.
+
+        Args:
+            keys: of the records that are read; all of them if None.
+        """
         found = {}
-        for key, entry in self._entries.items():
+        for key in self._entries if keys is None else keys:
             try:
-                self.read(entry)
+                self.read(self._entries[key])
             except StorageError as error:
                 found[key] = str(error)
         return found
 
     def forget(self, keys: Iterable[bytes]) -> None:
-        """Take records out of the index, so that they are missing. This store is not to be read afterwards.
+        """Take the damaged records of some keys out of the index; this store is not to be read afterwards.
+
+        Of a key with several records all that are damaged go, and the newest that is whole is what is found from then
+        on. They are looked at under the lock: another process may have mended them since this store was opened.
+
+        Args:
+            keys: as :meth:`damage` has them.
 
         Raises:
             ConfigError: another process adds to a part.
         """
-        entries = [self._entries[key] for key in keys]
-        for part in sorted({entry.part for entry in entries}):
-            offsets = [entry.offset for entry in entries if entry.part == part]
-            writer, (_, index) = Writer(self._directory, part), _files(self._directory, part)
-            lines, _ = _read_index(index)
-            with atomic_file(index) as file:
-                file.write_bytes(lines[~np.isin(lines["offset"], offsets)].tobytes())
-            writer.close()
+        doubtful = frozenset(keys)
+        for part in sorted(self._maps):
+            data, index = _files(self._directory, part)
+            if doubtful.isdisjoint(_read_index(index)[0]["key"].tolist()):
+                continue
+            with closing(Writer(self._directory, part)), data.open("rb") as file, atomic_file(index) as new:
+                lines, _ = _read_index(index)
+                is_kept = [key not in doubtful or _is_whole(file, *rest) for key, *rest in lines.tolist()]
+                new.write_bytes(lines[np.array(is_kept, bool)].tobytes())
+
+
+def _is_whole(data: BinaryIO, offset: int, size: int, _num: int, _positions: int, checksum: int, _line: int) -> bool:
+    """Whether a record is what was written, by the numbers of its line."""
+    data.seek(offset)
+    return zlib.crc32(data.read(size)) == checksum
