@@ -35,12 +35,8 @@ RECIPES = (
 DEFAULT_RECIPE = "distill"
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
-PARALLEL = (
-    "cache_teacher",
-    "correct_teacher",
-    "distill",
-    "evaluate",
-)  # recipes that share their work out to the processes of torchrun
+# Recipes that share their work out to the processes of torchrun.
+PARALLEL = ("cache_teacher", "correct_teacher", "distill", "evaluate")
 
 
 def requested_recipe() -> str | None:

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from kd_recipes import __version__
 from kd_recipes.compression import read_checkpoint, sections
-from kd_recipes.compression.checkpoint import HFCheckpoint, companions, file_stamps
+from kd_recipes.compression.checkpoint import HFCheckpoint, companions, weight_files
 from kd_recipes.config import Key, is_positive
 from kd_recipes.errors import ConfigError, Problem, RunError, gather
 from kd_recipes.exporting.formats import FORMATS, Format
 from kd_recipes.exporting.probe import Answers, ProbeFailedError, Questions, ask, compare
-from kd_recipes.exporting.record import TABLE, Record, files_of
+from kd_recipes.exporting.record import Record, files_of
 from kd_recipes.exporting.runtimes import Runtime, Student
 from kd_recipes.storage import describe_files, explain_disk_errors
 from kd_recipes.tokenizers import HFTokenizer, hf_tokenizer
@@ -88,24 +88,20 @@ def main(cfg: DictConfig) -> None:
             if form.name not in record.results:
                 answers = _ask(form.runtime, path, questions, form.name)
                 alike = compare(ask_student(), answers, tokenizer.vocab_size)
-                record.results[form.name] = {**asdict(alike), **_cost(path, answers)}
                 num_bytes = {"num_bytes": source.num_bytes}  # without the adapters that may lie beside
-                record.results["student"] = {**_cost(source.directory, ask_student()), **num_bytes}
-                record.save()
+                student = {**_cost(source.directory, ask_student()), **num_bytes}
+                record.measure(form, {**asdict(alike), **_cost(path, answers)}, student)
         table = _table(record.results)
-        (output_dir / TABLE).write_text(table + "\n", encoding="utf-8")
+        record.finish(table)
     print(table)
     _require_alike(record.results, source)
 
 
 def _made_of(source: HFCheckpoint, max_seq_len: int) -> dict[str, Any]:
-    beside = describe_files(source.directory, companions(source.directory))
-    return {
-        "version": __version__,
-        "weights": file_stamps(source.directory),
-        "companions": {name: described["sha256"] for name, described in beside.items()},
-        "max_seq_len": max_seq_len,
-    }
+    directory = source.directory  # known by its content: a copy of it is the same student
+    files = [directory / "config.json", *weight_files(directory), *companions(directory)]
+    digests = {name: described["sha256"] for name, described in describe_files(directory, files).items()}
+    return {"version": __version__, "student": digests, "max_seq_len": max_seq_len}
 
 
 def _questions(cfg: DictConfig, tokenizer: HFTokenizer, max_seq_len: int) -> Questions:

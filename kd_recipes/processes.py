@@ -75,26 +75,35 @@ def start(recipe: str, config: Path, num_processes: int = 1, *, output: Any = No
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=stderr, start_new_session=True)
 
 
-def end_leftover(config: Path, *, seconds: float = _SECONDS_TO_SAVE) -> None:
+def end_leftover(config: Path, stop: StopRequest | None = None, *, seconds: float = _SECONDS_TO_SAVE) -> None:
     """End the processes of a recipe that outlived the one that had started it: two of one directory would mix.
 
     Args:
         config: the file that it was started with.
+        stop: of who waits; at a signal it is waited for no longer, and left to save itself.
         seconds: that it is given to save itself; then it is killed, and goes on from its last checkpoint.
     """
+    stop = stop or StopRequest()  # which, not entered, hears nothing
     word = str(config.resolve())
     left = [
         process
         for process in psutil.process_iter(["cmdline"])
         if process.pid != os.getpid() and _is_recipe(process.info["cmdline"] or [], word)
     ]
+    if not left:
+        return
+    numbers = ", ".join(str(process.pid) for process in left)
+    print(f"{config.stem}: an earlier run of it is not over (process {numbers}): waiting until it is saved", flush=True)
     for process in left:
         with suppress(psutil.Error):  # it has ended by itself, or is another user's
             process.terminate()
-    for process in _still_alive(left, seconds):
+    alive = _still_alive(left, seconds, stop)
+    if stop.count:
+        return
+    for process in alive:
         with suppress(psutil.Error):
             process.kill()
-    _still_alive(left, _SECONDS_TO_DIE)
+    _still_alive(left, _SECONDS_TO_DIE, stop)
 
 
 def _is_recipe(command: Sequence[str], config: str) -> bool:
@@ -103,10 +112,12 @@ def _is_recipe(command: Sequence[str], config: str) -> bool:
     return ("--config", config) in pairwise(command) and any(map(_RECIPE.fullmatch, program))
 
 
-def _still_alive(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those of this user that have not ended after some seconds."""
+def _still_alive(processes: Iterable[psutil.Process], seconds: float, stop: StopRequest) -> list[psutil.Process]:
+    """Those that have not ended after some seconds, or at a signal."""
     end = time.monotonic() + seconds
     while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < end:
+        if stop.count:
+            break
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return left
 

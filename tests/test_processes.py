@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from kd_recipes import processes
-from kd_recipes.processes import end_leftover
+from kd_recipes.processes import StopRequest, end_leftover
 
 SLEEP = "import signal, sys, time; print('ready', flush=True); time.sleep(60)"
 STUBBORN = SLEEP.replace("time;", "time; signal.signal(signal.SIGTERM, signal.SIG_IGN);")
@@ -73,6 +75,19 @@ def test_one_that_does_not_end_is_killed(start: Start, tmp_path: Path) -> None:
     left = start(STUBBORN, "kd_recipes/distill", "--config", str(config))
     end_leftover(config, seconds=0.3)
     assert left.wait(5) == -9
+
+
+def test_a_wait_is_said_and_a_signal_ends_it(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "distilled.yaml"
+    left = start(STUBBORN, "kd_recipes/distill", "--config", str(config))
+    with StopRequest() as stop:
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()
+        begun = time.monotonic()
+        end_leftover(config, stop, seconds=30)
+    assert stop.number == signal.SIGTERM
+    assert time.monotonic() - begun < 15
+    assert left.poll() is None  # it saves itself
+    assert f"distilled: an earlier run of it is not over (process {left.pid})" in capsys.readouterr().out
 
 
 def test_another_user_s_process_is_no_error(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

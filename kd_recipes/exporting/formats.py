@@ -116,7 +116,6 @@ class GGUF(Format):
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
         """See :class:`Format`."""
         gguf.write_gguf(source, path, self.kind)
-        gguf.verify_gguf(source, path)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class _Stored:
 
 
 def write_gguf(source: HFCheckpoint, file: Path, kind: str = "trained") -> None:
-    """Write a Llama's or Qwen2's GGUF file, whole or not at all.
+    """Write a Llama's or Qwen2's GGUF file, whole and as it was trained (:func:`verify_gguf`), or not at all.
 
     Vectors are float32, as llama.cpp wants them; where ``kind`` has blocks that do not divide a matrix's inputs, that
     matrix is F16; beside 4-bit blocks the embedding has 8-bit ones.
@@ -59,6 +59,7 @@ def write_gguf(source: HFCheckpoint, file: Path, kind: str = "trained") -> None:
     Raises:
         ConfigError: the checkpoint has no such form: factors, a lattice that GGUF has not, a second rounding, or a
             tokenizer that llama.cpp has not.
+        RunError: the file does not hold what was trained.
     """
     import gguf
 
@@ -88,6 +89,7 @@ def write_gguf(source: HFCheckpoint, file: Path, kind: str = "trained") -> None:
         for value in tqdm(values, desc=file.name, total=len(plan), unit="tensor", leave=False):
             writer.write_tensor_data(value)
         writer.close()
+        verify_gguf(source, unfinished)
 
 
 def verify_gguf(source: HFCheckpoint, file: Path) -> int:
@@ -111,7 +113,7 @@ def verify_gguf(source: HFCheckpoint, file: Path) -> int:
         is_read = stored.tensor_type.name != "Q1_0"
         read = gguf.dequantize(stored.data, stored.tensor_type) if is_read else dequantize_q1_0(stored.data)
         if not np.array_equal(read.view(np.int32), wanted.view(np.int32)):
-            remedy = "Remove the file and export it again; if that changes nothing, it is a bug of kd_recipes"
+            remedy = "Export it again; if that changes nothing, it is a bug of kd_recipes"
             raise RunError(f"{file}: {stored.name} is not what was trained. {remedy}")
         num_equal += 1
     return num_equal

@@ -17,12 +17,15 @@ from kd_recipes import __version__
 from kd_recipes.storage import atomic_file, write_json
 
 _WRITTEN = ("output_dir", "log_dir", "cache_dir")  # keys of what is written, and says nothing of what comes out
+# What a cache is known by: while these are the same it is added to, whatever the data.
+_KNOWN_BY = (
+    *("teacher", "teacher_model", "teacher_checkpointer", "teacher_dtype", "teacher_quantization", "dtype"),
+    *("model", "tokenizer", "temperature", "teacher_temperature"),
+)
+_ADDS = {"cache_teacher": _KNOWN_BY}
 # Recipes of which a config has more than they look at: a teacher need not be asked again for another learning rate.
 _LOOKED_AT = {
-    "cache_teacher": (
-        *("teacher", "teacher_model", "teacher_checkpointer", "teacher_dtype", "dtype", "tokenizer", "batch_size"),
-        *("dataset", "eval_dataset", "temperature", "teacher_temperature", "check", "num_checked_batches"),
-    )
+    "cache_teacher": (*_KNOWN_BY, "dataset", "eval_dataset", "batch_size", "check", "num_checked_batches"),
 }
 
 
@@ -44,9 +47,11 @@ class Contents:
     def of(self, path: Path) -> dict[str, str]:
         """Of a file, whatever its name, or of all files in a directory but hidden ones, by their names there.
 
-        Of a directory that holds the pipeline's, the files that are not the pipeline's.
+        Of a directory that holds the pipeline's, the files that are not the pipeline's. Files that may not be read are
+        left out: whoever needs one says so.
         """
-        files = [path] if path.is_file() else sorted(self._inside(path))
+        files = [path] if os.path.isfile(path) else sorted(self._inside(path))
+        files = [file for file in files if os.access(file, os.R_OK)]
         unread = [file for file in files if self._known.get(str(file.absolute()), [None])[:2] != _stamp(file)]
         if unread:
             with tqdm(desc="hash", total=_num_bytes(unread), unit="B", unit_scale=True, leave=False, delay=2) as bar:
@@ -59,11 +64,15 @@ class Contents:
     def named(self, text: str) -> list[Path]:
         """The files and directories that a text is the path of, or a pattern for; none where it is something else.
 
-        A pattern finds what steps of this pipeline write only if it begins in a step's directory.
+        A pattern finds what steps of this pipeline write only if it begins in a step's directory. `*`, `**` and `?` are
+        settings, as is whatever pattern has neither a `/` nor a suffix; so are `.` and `..` where the pipeline's
+        directory lies below: what else lies there (logs of this very run, say) is nobody's input.
         """
         if os.path.exists(text):  # not Path.exists, which raises where a text is too long for a path
-            return [Path(text)]
-        if not glob.has_magic(text) or "\0" in text:
+            is_around = text in (".", "..") and Path(self._pipeline).is_relative_to(os.path.realpath(text))
+            return [] if is_around else [Path(text)]
+        is_pattern = glob.has_magic(text) and "\0" not in text and ("/" in text or Path(text).suffix)
+        if not is_pattern:
             return []
         found = map(Path, sorted(glob.glob(text, recursive=True)))
         finds_steps = _is_inside(_beginning(text), self._pipeline)
@@ -76,7 +85,7 @@ class Contents:
                 continue
             names[:] = [name for name in names if not name.startswith(".")]
             found = (Path(root, name) for name in files if not name.startswith("."))
-            yield from (file for file in found if file.is_file() and os.access(file, os.R_OK))
+            yield from filter(os.path.isfile, found)  # not Path.is_file, which raises where a directory is closed
 
     def _save(self) -> None:
         self._known = {name: entry for name, entry in self._known.items() if os.path.exists(name)}
@@ -116,10 +125,30 @@ def step_key(recipe: str, config: Mapping[str, Any], directory: Path, contents: 
         directory: that it writes to; paths in it are its own.
         contents: of files.
     """
-    seen = _LOOKED_AT.get(recipe, config)
-    asked = _content({name: value for name, value in config.items() if name in seen}, directory, contents)
-    described = json.dumps([__version__, recipe, asked], sort_keys=True)
+    return _key(recipe, _looked_at(config, _LOOKED_AT[recipe]) if recipe in _LOOKED_AT else config, directory, contents)
+
+
+def adding_key(recipe: str, config: Mapping[str, Any], directory: Path, contents: Contents) -> str:
+    """The same while a recipe adds to what it has left; an empty one for a recipe that never does.
+
+    Args: as of :func:`step_key`.
+    """
+    if recipe not in _ADDS:
+        return ""
+    return _key(recipe, _looked_at(config, _ADDS[recipe]), directory, contents)
+
+
+def _key(recipe: str, config: Mapping[str, Any], directory: Path, contents: Contents) -> str:
+    described = json.dumps([__version__, recipe, _content(dict(config), directory, contents)], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _looked_at(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those settings that a cache depends on; of its student the number of ids alone."""
+    seen = {name: config[name] for name in names if name in config}
+    if isinstance(model := seen.get("model"), Mapping):  # adapters and layers are nothing to the teacher
+        seen["model"] = model.get("vocab_size") or model  # a builder that is not told it has one of its own
+    return seen
 
 
 def _content(node: Any, directory: Path, contents: Contents) -> Any:

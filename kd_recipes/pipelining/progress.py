@@ -1,4 +1,4 @@
-"""Where a pipeline is, as one line for a terminal or a log: printed where a step ends and the next one begins."""
+"""Where a pipeline is, as one line for a terminal or a log: printed before each step that is really run."""
 
 from __future__ import annotations
 

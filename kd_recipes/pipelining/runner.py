@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from kd_recipes import processes
 from kd_recipes.compression.checkpoint import lineage
 from kd_recipes.errors import RunError
-from kd_recipes.pipelining.contents import Contents, step_key
+from kd_recipes.pipelining.contents import Contents, adding_key, step_key
 from kd_recipes.pipelining.plan import CONFIGS, Plan, Step
 from kd_recipes.pipelining.progress import RUNNING, overview
 from kd_recipes.pipelining.records import Record, Records
@@ -25,13 +25,6 @@ from kd_recipes.processes import Stopped, StopRequest
 from kd_recipes.storage import atomic_file
 
 _HASHES = ".hashes.json"
-# Recipes that add to what is there, if these of their settings are the same.
-_ADDS = {
-    "cache_teacher": (
-        *("teacher", "teacher_model", "teacher_checkpointer", "teacher_dtype", "dtype", "tokenizer"),
-        *("temperature", "teacher_temperature"),
-    )
-}
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -71,9 +64,11 @@ class Runner:
             StepFailed: a step ended early.
             Stopped: a signal came; the step that it came in has saved itself, if its recipe can.
         """
-        for step in self._plan.steps:
-            processes.end_leftover(self._file(step))
         with StopRequest() as stop:
+            for step in self._plan.steps:
+                processes.end_leftover(self._file(step), stop)
+                if stop.count:
+                    raise Stopped(stop.number)
             for number, step in enumerate(self._plan.steps, start=1):
                 self._run_step(step, f"[{number}/{len(self._plan.steps)}] {step.name}", stop)
                 if stop.count:
@@ -83,8 +78,7 @@ class Runner:
         cfg = step.config()
         content: Any = OmegaConf.to_container(cfg, resolve=True)
         key = step_key(step.recipe, content, step.directory, self._contents)
-        same = {name: content[name] for name in _ADDS.get(step.recipe, ())}
-        adds_to = step_key(step.recipe, same, step.directory, self._contents) if same else ""
+        adds_to = adding_key(step.recipe, content, step.directory, self._contents)
         place = step.place(cfg)
         if self._is_done(step, key, place):
             self.found[step.name] = "unchanged"

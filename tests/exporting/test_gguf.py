@@ -109,6 +109,16 @@ def test_what_was_trained_is_what_is_in_the_file(tmp_path: Path, scheme: str) ->
         verify_gguf(coded, tmp_path / "damaged.gguf")
 
 
+def test_a_file_that_is_not_what_was_trained_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint(tmp_path / "source")
+    coded = Quantization("gguf_q8_0", None, method="round").apply(read_checkpoint(source), tmp_path / "coded", TEXT)
+    monkeypatch.setattr("kd_recipes.exporting.gguf.lay_out", lambda quantized: lay_out(quantized) ^ 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="is not what was trained"):
+        write_gguf(coded, tmp_path / "out" / "model.gguf")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
 def test_binary_blocks_are_read_as_they_are_written() -> None:
     quantized = quantize(torch.randn(4, 256, generator=torch.Generator().manual_seed(0)), Scheme.parse("binary_g128"))
     assert np.array_equal(dequantize_q1_0(lay_out(quantized)), quantized.dequantize().numpy())

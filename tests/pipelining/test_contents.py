@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kd_recipes.pipelining.contents import Contents, step_key
+from kd_recipes.pipelining.contents import Contents, adding_key, step_key
 
 Key = Callable[..., str]
 
@@ -17,7 +17,7 @@ Key = Callable[..., str]
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
     """``key(**settings)`` of a step that writes to ``out/step``, from a directory with checkpoints and data."""
-    for name in ("student/model.safetensors", "data/a.jsonl", "data/deep/down/b.jsonl", "out/other/c.jsonl"):
+    for name in ("student/model.safetensors", "x.jsonl", "data/a.jsonl", "data/deep/down/b.jsonl", "out/other/c.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "out" / "step").mkdir()
@@ -38,7 +38,7 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
         ("data/?.jsonl", "data/a.jsonl"),
         ("data/[ab].jsonl", "data/a.jsonl"),
         ("out/other/*.jsonl", "out/other/c.jsonl"),
-        (".", "student/model.safetensors"),
+        ("?.jsonl", "x.jsonl"),
         ("{here}", "data/a.jsonl"),
     ],
 )
@@ -65,6 +65,49 @@ def test_a_link_to_the_pipeline_s_directory_is_the_pipeline_s(key: Key, tmp_path
     before = key(data=str(tmp_path.with_name("linked")))
     Path("out/step/d.jsonl").write_text("new")
     assert key(data=str(tmp_path.with_name("linked"))) == before
+
+
+@pytest.mark.parametrize("setting", [".", "..", "*", "**", "?", "a*"])
+def test_what_names_the_directory_that_the_pipeline_is_in_is_a_setting(setting: str, key: Key, tmp_path: Path) -> None:
+    before = key(separator=setting)
+    (tmp_path / "a.log").write_text("what this run says")
+    assert key(separator=setting) == before
+
+
+def test_the_working_directory_is_an_input_where_the_pipeline_is_elsewhere(
+    key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = Contents(tmp_path / "out" / ".hashes.json")
+    monkeypatch.chdir(tmp_path / "data")
+    before = step_key("distill", {"data": "."}, tmp_path / "out" / "step", contents)
+    Path("a.jsonl").write_text("another content")
+    assert step_key("distill", {"data": "."}, tmp_path / "out" / "step", contents) != before
+
+
+def test_a_file_that_may_not_be_read_is_left_out(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a.jsonl")
+    before = key(file="data/a.jsonl", directory="data")
+    Path("data/a.jsonl").write_text("what would change the key if it were read")
+    assert key(file="data/a.jsonl", directory="data") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"teacher_quantization": "int8"}, True),
+        ({"model": {"_component_": "llama", "vocab_size": 90}}, True),
+        ({"model": {"_component_": "tiny"}}, True),
+        ({"model": {"_component_": "lora_llama", "vocab_size": 100, "lora_rank": 4}}, False),
+        ({"lr": 0.5}, False),
+    ],
+)
+def test_a_cache_is_known_by_what_it_is_of(change: dict[str, Any], is_another: bool, key: Key) -> None:
+    model = {"_component_": "llama", "vocab_size": 100}
+    before = {"teacher": "data", "teacher_quantization": None, "model": model, "lr": 1}
+    place = (Path("out/step"), Contents(Path("out/.hashes.json")))
+    for of in (step_key, adding_key):
+        old, new = (of("cache_teacher", settings, *place) for settings in (before, before | change))
+        assert (old != new) == is_another
 
 
 def test_a_text_that_is_no_path_is_a_setting(key: Key) -> None:

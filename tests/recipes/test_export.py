@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from kd_recipes.compression import LowRank, Quantization, ToDense, read_checkpoint
 from kd_recipes.config import find_config
 from kd_recipes.entry import run_recipe
+from kd_recipes.errors import RunError
 from kd_recipes.exporting.formats import FORMATS, GGUF
 from toy import Toys, calibration, lora_section, save_model, save_tokenizer
 
@@ -136,6 +137,27 @@ def test_another_chat_template_is_another_student_and_nothing_stale_stays_beside
     assert (out / "hf_bf16.kept-1" / "README.md").read_text() == "what I found out about it"
     names = {"export.json", "export.md", "hf", "hf_bf16.kept-1", "model.pt2", "model.pt2.kept-1", "notes.txt"}
     assert {path.name for path in out.iterdir()} == names
+
+
+def test_a_copy_of_the_student_is_the_same_and_one_that_fails_changes_nothing(
+    toys: Toys,
+    exported: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(self: Any, source: Any, path: Path, max_seq_len: int) -> None:
+        raise RunError("no more")
+
+    monkeypatch.setattr("kd_recipes.exporting.formats.HuggingFace.write", fail)
+    out = shutil.copytree(exported[0], tmp_path / "out")
+    before = {path: path.stat() for path in out.rglob("*")}
+    copy = shutil.copytree(toys.student, tmp_path / "copy", copy_function=shutil.copyfile)  # with times of its own
+    assert run_recipe("export", words(toys.wide, out, "hf")) == 1
+    assert "no more" in capfd.readouterr().err
+    assert {path: path.stat().st_ino for path in out.rglob("*")} == {p: before[p].st_ino for p in before}
+    assert export(copy, out, "hf,torch_export").keys() == {"student", "hf", "torch_export"}
+    assert (out / "model.pt2").stat().st_ino == before[out / "model.pt2"].st_ino
 
 
 def test_other_prompts_measure_again_and_write_nothing_again(
