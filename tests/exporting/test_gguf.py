@@ -220,5 +220,7 @@ def test_another_way_to_split_text_is_refused(tmp_path: Path) -> None:
     tokenizer.save(str(source / "tokenizer.json"))
     with pytest.raises(ConfigError, match="another way to split text"):
         write_gguf(read_checkpoint(source), tmp_path / "model.gguf")
-    (problem,) = FORMATS["gguf_f16"].problems(read_checkpoint(source))  # before anything is written
-    assert problem.got == "another way to split text"
+    problems = FORMATS["gguf_f16"].problems(
+        read_checkpoint(source)
+    )  # before anything is written; or packages are missing
+    assert "another way to split text" in [problem.got for problem in problems]
