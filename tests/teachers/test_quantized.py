@@ -240,7 +240,7 @@ def test_says_what_does_not_fit(toys: Toys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "nvfp4"])
 def test_peak_memory_of_loading(name: str, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "quantized_teacher.py"
     command = [sys.executable, str(script), "--measure", name]
