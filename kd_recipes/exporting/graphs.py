@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def write_package(source: HFCheckpoint, file: Path, max_seq_len: int) -> None:
         RuntimeError: there is no C++ compiler.
     """
     program = trace(source, max_seq_len)
-    with _named_as(file) as unfinished:
+    with _named_as(file) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch 2.13 of its own code
         torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
 
 
