@@ -80,6 +80,15 @@ def renamed(key: str, check: Callable[[], T]) -> T:
         raise ConfigError(*(replace(problem, key=key) for problem in error.problems)) from error
 
 
+def problems_of(check: Callable[[], object]) -> tuple[Problem, ...]:
+    """What a check finds wrong; nothing where it passes."""
+    try:
+        check()
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
 def gather(*checks: Callable[[], Any]) -> list[Any]:
     """The results of all checks.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from kd_recipes.compression import ToDense
 from kd_recipes.compression.checkpoint import HFCheckpoint, block_of, copy_model
 from kd_recipes.compression.stream import Text
-from kd_recipes.errors import ConfigError, Problem
+from kd_recipes.errors import Problem, problems_of
 from kd_recipes.exporting import executorch, factored, gguf, graphs, llama_cpp, runtimes
 from kd_recipes.exporting.gguf_tokenizer import tokenizer_metadata
 from kd_recipes.lattices import Scheme
@@ -110,8 +110,8 @@ class GGUF(Format):
     def problems(self, source: HFCheckpoint) -> Iterator[Problem]:
         """See :class:`Format`."""
         yield from super().problems(source)
-        yield from _refusals(lambda: gguf.refuse(source, self.kind))
-        yield from _refusals(lambda: tokenizer_metadata(source.directory, int(source.config["vocab_size"])))
+        yield from problems_of(lambda: gguf.refuse(source, self.kind))
+        yield from problems_of(lambda: tokenizer_metadata(source.directory, int(source.config["vocab_size"])))
 
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
         """See :class:`Format`."""
@@ -154,7 +154,7 @@ class ExecuTorch(Format):
         """See :class:`Format`."""
         yield from super().problems(source)
         if self.is_quantized:
-            yield from _refusals(lambda: executorch.refuse(source))
+            yield from problems_of(lambda: executorch.refuse(source))
 
     def write(self, source: HFCheckpoint, path: Path, max_seq_len: int) -> None:
         """See :class:`Format`."""
@@ -172,14 +172,6 @@ def _is_coded(source: HFCheckpoint) -> bool:
     """Whether all matrices of the blocks lie on a lattice."""
     matrices = (spec.name for spec in source.specs if block_of(spec.name) is not None and len(spec.shape) == 2)
     return all(name.endswith((".codes", ".scales")) for name in matrices)
-
-
-def _refusals(check: Callable[[], object]) -> tuple[Problem, ...]:
-    try:
-        check()
-    except ConfigError as error:
-        return error.problems
-    return ()
 
 
 def _widest(source: HFCheckpoint) -> str:

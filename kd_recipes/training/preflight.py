@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig
 
 from kd_recipes import _torchtune
 from kd_recipes._torchtune import ModelSize
-from kd_recipes.errors import ConfigError, Problem, gather, one_line
+from kd_recipes.errors import ConfigError, Problem, gather, one_line, problems_of
 from kd_recipes.headers import checkpoint_files, embedding_shape, names_files, num_layers, read_specs
 from kd_recipes.parts import CHECKPOINTERS, build_model, find_device
 from kd_recipes.storage import is_inside, require_free_space
@@ -87,7 +87,7 @@ def check_source(cfg: DictConfig, models: Mapping[str, DictConfig]) -> None:
     problems = [problem for key, section in checkpointers.items() for problem in _file_problems(key, section)]
     for key, section in models.items():
         if section.get("device") is not None:
-            problems += _caught(partial(find_device, f"{key}.device", section.device))
+            problems += problems_of(partial(find_device, f"{key}.device", section.device))
             problems += _shard_problems(cfg, f"{key}.device", section.device)
     if problems := problems or [*_vocabulary_problems(cfg, checkpointers)]:
         raise ConfigError(*problems)
@@ -159,18 +159,10 @@ def _teacher_checkpointers(cfg: DictConfig) -> dict[str, DictConfig]:
     return {key: cfg[key] for key in _checkpointers(cfg) if key != "checkpointer"}
 
 
-def _caught(check: Callable[[], object]) -> tuple[Problem, ...]:
-    try:
-        check()
-    except ConfigError as error:
-        return error.problems
-    return ()
-
-
 def _device_problems(cfg: DictConfig) -> Iterator[Problem]:
     for key in ("device", "teacher_device"):
         if cfg[key] is not None:
-            yield from _caught(partial(find_device, key, cfg[key]))
+            yield from problems_of(partial(find_device, key, cfg[key]))
 
 
 def _process_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -252,7 +244,7 @@ def _output_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem("resume_from_checkpoint", "auto", wanted)
     if run.goes_on(cfg.resume_from_checkpoint):
         if is_main_process():  # all of it is read
-            yield from _caught(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
+            yield from problems_of(lambda: run.find(cfg.checkpointer.get("recipe_checkpoint")))
     elif run.is_occupied and not run.may_begin_anew(cfg.resume_from_checkpoint):
         remedy = "Choose another output_dir, delete it, or go on with it: resume_from_checkpoint=True"
         yield Problem("output_dir", str(directory), "a directory that holds no other run", remedy)
@@ -349,7 +341,7 @@ def _space_problems(cfg: DictConfig) -> tuple[Problem, ...]:
     results = RunDirectory(Path(cfg.output_dir)).results  # those of a run that goes on are written over
     present = sum(file.stat().st_size for result in results for file in result.rglob("*") if file.is_file())
     num_bytes = max(0, sum(bytes_to_write(cfg).values()) - present)
-    return _caught(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
+    return problems_of(lambda: require_free_space(Path(cfg.output_dir), num_bytes, key="output_dir"))
 
 
 def highest_id(tokenizer: Any) -> int:
