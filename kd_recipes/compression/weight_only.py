@@ -33,7 +33,7 @@ FORMATS = (
 _INTEGERS = re.compile(r"int([2-8])(?:_g([1-9][0-9]*))?")
 _INT4_GROUPS = (32, 64, 128, 256)  # those that torch's kernels know
 _NVFP4_BLOCK, _NVFP4_TILE = 16, 128  # inputs that share a scale, and rows whose scales lie together
-_ROWS_TRIED = 64
+_ROWS_TRIED = _NVFP4_TILE  # the largest piece of any format
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def packed_bytes(weights: WeightFormat, shape: tuple[int, int], dtype: torch.dty
         shape: [O, I].
         dtype: that the layer computes in.
     """
-    some = (min(shape[0], max(_few_rows(*shape)[0], _NVFP4_TILE)), shape[1])
+    some = _few_rows(*shape)
     packed = weights.pack(torch.ones(some, dtype=dtype), dtype)
     return round(sum(part.nbytes for part in _torchtune.plain_tensors(packed)) * shape[0] / some[0])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -218,10 +218,10 @@ def _itemsize(parameter: Any) -> float:
 
 def _gathered(sizes: Mapping[str, float]) -> int:
     """What is whole on a device: all that is in no block, and two blocks, of which one is being fetched."""
-    blocks: Counter[str] = Counter()
+    blocks: defaultdict[str, float] = defaultdict(float)
     for name, size in sizes.items():
         if name.startswith("layers."):
-            blocks[name.split(".")[1]] += size  # type: ignore[assignment]
+            blocks[name.split(".")[1]] += size
     return round(sum(sizes.values()) - sum(blocks.values()) + 2 * max(blocks.values()))
 
 

@@ -21,7 +21,7 @@ from torchao.quantization import quantize_
 from kd_recipes import _torchtune
 from kd_recipes.compression import Quantization, read_checkpoint, sections
 from kd_recipes.compression.keeping import Keeping
-from kd_recipes.compression.weight_only import linear_layers, parse_format
+from kd_recipes.compression.weight_only import linear_layers, packed_bytes, parse_format
 from kd_recipes.errors import ConfigError
 from kd_recipes.models import model_section
 from kd_recipes.parts import build_model, load_model
@@ -121,6 +121,13 @@ def test_nvfp4_is_torchaos(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert (names, settings) == weight.__tensor_flatten__()
     for name in names:
         assert torch.equal(getattr(found, name).float(), getattr(weight, name).float()), name
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g32", "nf4", "float8", "nvfp4"])
+def test_a_few_rows_tell_how_large_a_weight_becomes(name: str) -> None:
+    form = parse_format(name, "")
+    packed = form.pack(torch.randn(512, 1024), torch.float32)
+    assert packed_bytes(form, (512, 1024), torch.float32) == pytest.approx(num_bytes([packed]), rel=0.001)
 
 
 @pytest.mark.parametrize("name", [None, "int8", "int4_g32", "nf4", "float8", "nvfp4"])
